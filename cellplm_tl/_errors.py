@@ -88,7 +88,7 @@ class TrainingError(CellPLMError, RuntimeError):
 
 
 class CellPLMWarning(UserWarning):
-    """Base of every warning of the package: a result is given, and something about it should be known.
+    """Base of every warning of the package: a result is given, and one should know about it.
 
     Examples
     --------
@@ -119,18 +119,16 @@ def check_option(name: str, value: Any, options: Iterable[Any]) -> None:
 
     Parameters
     ----------
-    name
+    name : str
         Name of the parameter, as the user writes it.
-    value
+    value : object
         What was given.
-    options
+    options : iterable
         The values that are allowed, in the order in which they are to be listed.
     """
     options = list(options)
     if not any(type(value) is type(option) and value == option for option in options):
-        raise OptionError(
-            f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}."
-        )
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}.")
 
 
 def check_is_anndata(value: Any, name: str = "adata") -> None:
@@ -138,9 +136,9 @@ def check_is_anndata(value: Any, name: str = "adata") -> None:
 
     Parameters
     ----------
-    value
+    value : object
         What was given.
-    name
+    name : str, default "adata"
         Name of the parameter, as the user writes it.
     """
     from anndata import AnnData  # here: the exceptions themselves must cost nothing to import

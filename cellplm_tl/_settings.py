@@ -23,6 +23,7 @@ FREE_MEMORY_SHARE = 0.5
 
 _UNITS = {
     "": 1,
+    "B": 1,
     **{f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
     **{f"{letter}IB": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
 }
@@ -86,8 +87,10 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """Where networks run: ``"auto"`` (a CUDA device if there is one, else the CPU), ``"cpu"``,
-        ``"cuda"``, ``"cuda:0"`` (any number) or ``"mps"``.
+        """Where networks run.
+
+        ``"auto"`` (a CUDA device if there is one, else the CPU), ``"cpu"``, ``"cuda"``,
+        ``"cuda:0"`` (any number) or ``"mps"``.
         """
         return self._device
 
@@ -188,7 +191,8 @@ class Settings:
 
         Returns
         -------
-        Bytes of main memory that a call may use beside its input.
+        int
+            Bytes of main memory that a call may use beside its input.
 
         Examples
         --------
@@ -206,13 +210,14 @@ class Settings:
 
         Parameters
         ----------
-        device
-            A value that :attr:`device` allows; ``None`` takes that of the settings. ``"auto"``
-            never means ``"mps"``: it has no double precision, which sums over a context use.
+        device : str, optional
+            A value that :attr:`device` allows; by default that of the settings. ``"auto"`` never
+            means ``"mps"``: it has no double precision, which sums over a context use.
 
         Returns
         -------
-        The device.
+        torch.device
+            The device.
 
         Raises
         ------
@@ -251,8 +256,9 @@ class Settings:
 
         Returns
         -------
-        :attr:`progress`, with ``None`` settled by whether anybody watches standard error; always
-        false at verbosity 0.
+        bool
+            :attr:`progress`, with ``None`` settled by whether anybody watches standard error;
+            always false at verbosity 0.
 
         Examples
         --------
@@ -273,12 +279,13 @@ class Settings:
 
         Parameters
         ----------
-        **values
+        **values : object
             Settings by name.
 
         Returns
         -------
-        A context manager that gives the settings.
+        context manager
+            It gives the settings.
 
         Raises
         ------
