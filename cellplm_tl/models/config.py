@@ -1,0 +1,162 @@
+"""Everything that shapes a network, in one frozen record.
+
+The same record covers the paper (Wen et al., ICLR 2024, sections B, D, E of its appendix), the layouts
+of the official release, the ablations of its Table 10 and the models of this package: parts are chosen
+here, once, and built once by the constructors; no `forward` branches on a variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "embedder": ("table", "spectrum"),
+    "positions": ("none", "sinusoidal"),
+    "encoder": ("flow", "mlp", "none"),
+    "norm": ("groupnorm", "layernorm"),
+    "latent": ("mixture", "mixture_release", "gaussian", "linear", "none"),
+    "decoder": ("negative_binomial", "gaussian", "profile", "none"),
+    "head": (
+        "none",
+        "annotation",
+        "denoising",
+        "imputation",
+        "perturbation",
+        "patient_classification",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CellPLMConfig:
+    """Sizes and parts of a :class:`CellPLM`.
+
+    The defaults are the paper's (Table 5), for `genes` of one's own.
+
+    Parameters
+    ----------
+    genes : tuple of str, shape (genes,)
+        Ensembl ids, without version, of the genes that the model knows, in the order of its tables.
+    embedder : {"table", "spectrum"}
+        `"table"`: log1p of the counts times a learned gene table (paper, section 3; the release).
+        `"spectrum"`: posterior factors of the measured genes under a fixed gene × factor spectrum,
+        centred on the context (this package's own models).
+    factors : int
+        Columns of the spectrum (`"spectrum"` only).
+    noise : float
+        Variance of the noise in the factor model, in units of its scaled expression.
+    residual_weight : float
+        Weight of what the factors leave unexplained when the embedding is put together
+        (`"spectrum"` only).
+    positions : {"none", "sinusoidal"}
+        Equation (8) of the appendix, with a learned placeholder for cells without coordinates; the
+        released checkpoints are `"none"`, since their code never added it.
+    encoder : {"flow", "mlp", "none"}
+        Flow attention over the context; the ablation "w/o transformer" of Table 10; or no network at
+        all, the factors of a spectrum alone.
+    hidden, encoder_layers, heads : int
+        Width, depth and number of heads of the encoder (Table 5: 1024, 4; 8 in the release).
+    dropout : float
+        Rate in embedder, encoder, decoder and heads while training (Table 5: 0.2).
+    norm : {"groupnorm", "layernorm"}
+        Normalisation in embedder and decoder; the encoder always has layer norms, as in the release.
+    latent : {"mixture", "mixture_release", "gaussian", "linear", "none"}
+        `"mixture"`: appendix D, q(z|x) and q(y|z). `"mixture_release"`: the released `gmvae`, q(y|h)
+        and q(z|h, y). `"gaussian"`: the released `vae` and Table 10's "w/o mixture". `"linear"`: the
+        `ae` of the release's annotation. `"none"`: Table 10's "w/o latent distribution".
+    latent_size, components : int
+        Width of the latent (Table 5: 512) and number of mixture components (Table 5: 16).
+    decoder : {"negative_binomial", "gaussian", "profile", "none"}
+        `"negative_binomial"`: the release. `"gaussian"`: the paper's equation (9). `"profile"`: the
+        change of the context's mean profile along the spectrum (needs `embedder="spectrum"`).
+    decoder_hidden, decoder_layers : int
+        Width and number of linear layers of decoder or head, the last included (Table 5: 1024, 2).
+    covariates : tuple of (str, int)
+        Name and number of levels of each covariate that the decoder is told.
+    head : str
+        What replaces the decoder after fine-tuning; see :class:`~cellplm_tl.models.Head`.
+    head_outputs : int
+        Width of the head's output.
+
+    Examples
+    --------
+    >>> import cellplm_tl as cp
+    >>> config = cp.models.CellPLMConfig(genes=("ENSG00000010610", "ENSG00000153563"), hidden=32)
+    >>> config.encoder, config.latent, config.latent_size
+    ('flow', 'mixture', 512)
+    """
+
+    genes: tuple[str, ...] = field(repr=False)
+    embedder: str = "table"
+    factors: int = 0
+    noise: float = 0.2
+    residual_weight: float = 0.7
+    positions: str = "sinusoidal"
+    encoder: str = "flow"
+    hidden: int = 1024
+    encoder_layers: int = 4
+    heads: int = 8
+    dropout: float = 0.2
+    norm: str = "groupnorm"
+    latent: str = "mixture"
+    latent_size: int = 512
+    components: int = 16
+    decoder: str = "negative_binomial"
+    decoder_hidden: int = 1024
+    decoder_layers: int = 2
+    covariates: tuple[tuple[str, int], ...] = ()
+    head: str = "none"
+    head_outputs: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "genes", tuple(self.genes))
+        object.__setattr__(self, "covariates", tuple((str(n), int(k)) for n, k in self.covariates))
+        for name, allowed in OPTIONS.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}."
+                )
+        if len(set(self.genes)) != len(self.genes) or not self.genes:
+            raise ValueError("genes must be a non-empty tuple of distinct ids.")
+        if self.encoder == "flow" and self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is not a multiple of heads={self.heads}.")
+        if self.positions == "sinusoidal" and self.hidden % 4:
+            raise ValueError(f"positions='sinusoidal' needs hidden % 4 == 0, not {self.hidden}.")
+        if (self.embedder == "spectrum") != (self.factors > 0):
+            raise ValueError("factors must be positive with embedder='spectrum', and 0 without.")
+        if self.decoder == "profile" and self.embedder != "spectrum":
+            raise ValueError("decoder='profile' needs embedder='spectrum'.")
+        if self.embedder == "spectrum" and self.latent_size != self.factors:
+            raise ValueError("with embedder='spectrum' latent_size must equal factors.")
+        if self.embedder == "spectrum" and self.latent == "mixture_release":
+            raise ValueError("embedder='spectrum' has no latent='mixture_release'.")
+        if self.encoder == "none" and (self.embedder, self.latent, self.hidden) != (
+            "spectrum",
+            "none",
+            self.factors,
+        ):
+            raise ValueError(
+                "encoder='none' needs embedder='spectrum', latent='none' and hidden=factors."
+            )
+        if self.latent == "none" and self.latent_size != self.hidden:
+            raise ValueError("with latent='none' latent_size must equal hidden.")
+        if (self.head == "none") != (self.head_outputs == 0):
+            raise ValueError("head_outputs must be positive with a head, and 0 without.")
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes in the model's tables."""
+        return len(self.genes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can hold."""
+        return {**asdict(self), "genes": list(self.genes), "covariates": list(self.covariates)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CellPLMConfig:
+        """Build a config from :meth:`to_dict`; a name that is no field is an error."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown fields in a CellPLM config: {', '.join(unknown)}.")
+        return cls(**values)
