@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+NORM_GROUPS = 4  # groups of channels in the release's GroupNorm
 OPTIONS: dict[str, tuple[str, ...]] = {
     "embedder": ("table", "spectrum"),
     "positions": ("none", "sinusoidal"),
@@ -119,10 +120,24 @@ class CellPLMConfig:
                 )
         if len(set(self.genes)) != len(self.genes) or not self.genes:
             raise ValueError("genes must be a non-empty tuple of distinct ids.")
+        for name in ("hidden", "heads", "latent_size", "components", "decoder_hidden", "noise"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if self.encoder_layers < 0:
+            raise ValueError(f"encoder_layers={self.encoder_layers} must not be negative.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1).")
         if self.encoder == "flow" and self.hidden % self.heads:
             raise ValueError(f"hidden={self.hidden} is not a multiple of heads={self.heads}.")
         if self.positions == "sinusoidal" and self.hidden % 4:
             raise ValueError(f"positions='sinusoidal' needs hidden % 4 == 0, not {self.hidden}.")
+        grouped = {"hidden": self.encoder != "none", "decoder_hidden": self.has_decoder}
+        for name in (name for name, built in grouped.items() if built):
+            if self.norm == "groupnorm" and getattr(self, name) % NORM_GROUPS:
+                raise ValueError(
+                    f"norm='groupnorm' needs {name}={getattr(self, name)} to be a multiple of "
+                    f"{NORM_GROUPS}."
+                )
         if (self.embedder == "spectrum") != (self.factors > 0):
             raise ValueError("factors must be positive with embedder='spectrum', and 0 without.")
         if self.decoder == "profile" and self.embedder != "spectrum":
@@ -143,11 +158,25 @@ class CellPLMConfig:
             raise ValueError("with latent='none' latent_size must equal hidden.")
         if (self.head == "none") != (self.head_outputs == 0):
             raise ValueError("head_outputs must be positive with a head, and 0 without.")
+        end = "decoder" if self.has_decoder else "head"
+        least = 2 if self.has_decoder else int(self.head != "none")
+        if self.decoder_layers < least:
+            raise ValueError(
+                f"decoder_layers={self.decoder_layers} is less than the {least} of a {end}."
+            )
+        names = [name for name, _ in self.covariates]
+        if len(set(names)) != len(names) or min((k for _, k in self.covariates), default=1) < 1:
+            raise ValueError("covariates need distinct names, and one level or more each.")
 
     @property
     def n_genes(self) -> int:
         """Number of genes in the model's tables."""
         return len(self.genes)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is a decoder: a head takes its place."""
+        return self.decoder != "none" and self.head == "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as values that JSON can hold."""

@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CellPLMConfig
+from .config import NORM_GROUPS, CellPLMConfig
 from .position import PositionalEncoding
 
 TARGET_SUM = 1e4  # counts per cell that lognorm expression is scaled to
 CLIP_LOW, CLIP_HIGH = -5.0, 10.0  # bounds of scaled expression
-NORM_GROUPS = 4  # groups of the release's GroupNorm
 NORM_EPSILON = 1e-5
 
 
@@ -227,6 +226,7 @@ class SpectrumEmbedder(nn.Module):
     loadings: Tensor
     eigenvalues: Tensor
     scale: Tensor
+    pool_profile: Tensor
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
@@ -234,6 +234,8 @@ class SpectrumEmbedder(nn.Module):
         self.register_buffer("loadings", torch.zeros(config.n_genes, config.factors))
         self.register_buffer("eigenvalues", torch.ones(config.factors))
         self.register_buffer("scale", torch.ones(config.n_genes))
+        uniform = torch.full((config.n_genes,), 1 / config.n_genes)
+        self.register_buffer("pool_profile", uniform)  # mean fraction of a gene in the pool
         self.reader = FactorsAlone(config) if config.encoder == "none" else FactorReader(config)
 
     def panel(self, genes: Tensor) -> SpectrumPanel:
@@ -298,3 +300,17 @@ class SpectrumEmbedder(nn.Module):
     def profile(self, context: tuple[Tensor, ...]) -> Tensor:
         """Return the context's mean fraction of each measured gene, (genes,)."""
         return context[2] / context[0].clamp(min=1)
+
+    def background(self, profile: Tensor, measured: Tensor, genes: Tensor) -> Tensor:
+        """Return a mean fraction for `genes`: the context's where measured, else the pool's.
+
+        Parameters
+        ----------
+        profile : Tensor, shape (measured,)
+            Of the context, fractions of what the panel measures.
+        measured, genes : Tensor, int64
+            Positions in the model's list.
+        """
+        fractions = self.pool_profile.clone()
+        fractions[measured] = profile * fractions[measured].sum()
+        return fractions[genes]
