@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -30,7 +31,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cellplm_tl._errors import SlotError
+from cellplm_tl._errors import GenesError, GenesWarning, SlotError
 
 #: How a name was found, in the order in which they are reported.
 STATUSES = (
@@ -177,7 +178,7 @@ def _find_date(date: re.Match[str]) -> _Found:
 
 
 _NO_NAME = frozenset({"", "-", "nan", "na", "n/a", "<na>", "none", "null"})
-_HUMAN_GENOME = re.compile(r"(?:GRCh3[78]|hg(?:18|19|38))[_-]+", re.IGNORECASE)
+_HUMAN_GENOME = re.compile(r"^(?:GRCh3[78]|hg(?:18|19|38))[_-]+", re.IGNORECASE)
 _MOUSE_GENOME = re.compile(r"(?:GRCm3[89]|mm(?:9|10|39))[_-]+", re.IGNORECASE)
 _SUFFIX = re.compile(r"[-.]\d{1,2}$")  # of var_names_make_unique and of R's make.unique
 _CONTROL = re.compile(
@@ -195,7 +196,7 @@ _CONTROL = re.compile(
 
 def _find(name: str) -> _Found:
     """Take one name, without blanks around it, through all steps."""
-    if name.casefold() in _NO_NAME or _MOUSE_GENOME.match(name) or _is_control(name):
+    if _is_missing(name) or _MOUSE_GENOME.match(name) or _is_control(name):
         return _UNKNOWN
     genome = _HUMAN_GENOME.match(name)
     if genome:
@@ -215,6 +216,10 @@ def _find(name: str) -> _Found:
 
 def _repaired(found: _Found) -> _Found:
     return _Found("repaired", found.rows) if found.rows else _UNKNOWN
+
+
+def _is_missing(name: str) -> bool:
+    return name.casefold() in _NO_NAME
 
 
 def _is_control(name: str) -> bool:
@@ -390,57 +395,7 @@ def _row(text: str) -> int | None:
     return None if gene_id is None else _table().row_of_id.get(gene_id)
 
 
-# ------------------------------------------------------------------------------- whole matrices
-
-
-_MOUSE_NAME = re.compile(r"[A-Z][a-z]|Gm\d|\d.*Rik$|ENSMUSG|" + _MOUSE_GENOME.pattern)
-
-
-def mouse_share(names: Iterable[Any]) -> float:
-    """Share of the names that are spelled like mouse genes, between 0 and 1.
-
-    One mouse name cannot be told from a human one in the wrong case (``Cd3e``); a matrix can:
-    96 % of the names of a mouse list are spelled so, and none of the human ones. Missing names
-    and control probes do not count.
-
-    Parameters
-    ----------
-    names
-        Symbols or Ensembl ids.
-
-    Returns
-    -------
-    float
-        The share; 0 if there is no name at all.
-
-    Examples
-    --------
-    >>> mouse_share(["Xkr4", "Gm1992", "Sox17", "CD3E"])
-    0.75
-    """
-    texts = [t for t in as_texts(names) if t.casefold() not in _NO_NAME and not _is_control(t)]
-    return sum(map(bool, map(_MOUSE_NAME.match, texts))) / len(texts) if texts else 0.0
-
-
-def is_control_probe(names: Iterable[Any]) -> NDArray[np.bool_]:
-    """Which names are those of controls, tags and spike-ins, which are no genes.
-
-    Parameters
-    ----------
-    names
-        Names of features.
-
-    Returns
-    -------
-    numpy.ndarray
-        Booleans of shape ``(names,)``.
-
-    Examples
-    --------
-    >>> is_control_probe(["CD3E", "NegPrb3", "BLANK_0037", "ERCC-00002"]).tolist()
-    [False, True, True, True]
-    """
-    return np.fromiter(map(_is_control, as_texts(names)), dtype=bool)
+# ----------------------------------------------------------------- which names a matrix goes by
 
 
 _ID_COLUMNS = frozenset(
@@ -498,7 +453,7 @@ def choose_gene_names(var: pd.DataFrame, gene_key: str | None = None) -> tuple[S
         if gene_key is None:
             return index, "var_names"
         ids = _strings(as_texts(var[gene_key]))
-        has_gap = ids == ""
+        has_gap = np.array([_is_missing(gene_id) for gene_id in ids], dtype=bool)
         # symbols of a mouse beside the ids of human orthologs must not fill the gaps
         if has_gap.any() and mouse_share(index) < MOUSE_LIMIT:
             ids[has_gap] = index[has_gap]
@@ -514,12 +469,167 @@ def choose_gene_names(var: pd.DataFrame, gene_key: str | None = None) -> tuple[S
     )
 
 
-#: From this share of names on that are spelled like mouse genes, a matrix is taken for mouse.
-MOUSE_LIMIT = 0.5
-
-
 def _holds_ids(var: pd.DataFrame, column: Any) -> bool:
     if re.sub(r"[^a-z]", "", str(column).casefold()) not in _ID_COLUMNS:
         return False
-    texts = [text for text in as_texts(var[column]) if text]
+    texts = [_HUMAN_GENOME.sub("", t) for t in as_texts(var[column]) if not _is_missing(t)]
     return 2 * sum(_gene_id(text) is not None for text in texts) > len(texts)
+
+
+# ------------------------------------------------------------------ names of a matrix as a whole
+
+
+#: A matrix whose names are spelled like mouse genes to this share is taken for mouse.
+MOUSE_LIMIT = 0.5
+#: Share of names that only mouse genes in upper case have, from which on they are remarked on.
+UPPER_CASE_MOUSE_LIMIT = 0.01
+#: Fewer matched genes than this are no basis for a result,
+MIN_GENES = 50
+#: nor is a smaller share of the counts;
+MIN_COVERAGE = 0.1
+#: below this share there is a warning.
+GOOD_COVERAGE = 0.5
+
+_MOUSE_NAME = re.compile(r"[A-Z][a-z]|Gm\d|\d.*Rik$|ENSMUSG|" + _MOUSE_GENOME.pattern)
+_UPPER_CASE_MOUSE_NAME = re.compile(r"GM\d+|\d.*RIK|H2-.+")
+
+
+def mouse_share(names: Iterable[Any]) -> float:
+    """Share of the names that are spelled like mouse genes, between 0 and 1.
+
+    One mouse name cannot be told from a human one in the wrong case (``Cd3e``); a matrix can:
+    96 % of the names of a mouse list are spelled so, and none of the human ones. Missing names
+    and control probes do not count.
+
+    Parameters
+    ----------
+    names
+        Symbols or Ensembl ids.
+
+    Returns
+    -------
+    float
+        The share; 0 if there is no name at all.
+
+    Examples
+    --------
+    >>> mouse_share(["Xkr4", "Gm1992", "Sox17", "CD3E"])
+    0.75
+    """
+    texts = _without_controls(as_texts(names))
+    return len(_like_mouse(texts)) / len(texts) if texts else 0.0
+
+
+def _without_controls(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not (_is_missing(name) or _is_control(name))]
+
+
+def _like_mouse(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _MOUSE_NAME.match(name)]
+
+
+def is_control_probe(names: Iterable[Any]) -> NDArray[np.bool_]:
+    """Which names are those of controls, tags and spike-ins, which are no genes.
+
+    Parameters
+    ----------
+    names
+        Names of features.
+
+    Returns
+    -------
+    numpy.ndarray
+        Booleans of shape ``(names,)``.
+
+    Examples
+    --------
+    >>> is_control_probe(["CD3E", "NegPrb3", "BLANK_0037", "ERCC-00002"]).tolist()
+    [False, True, True, True]
+    """
+    return np.fromiter(map(_is_control, as_texts(names)), dtype=bool)
+
+
+def check_match(
+    names: Sequence[str] | Strings,
+    is_matched: NDArray[np.bool_],
+    where: str,
+    *,
+    counts: NDArray[Any] | None = None,
+    wanted: str = "known human genes",
+) -> None:
+    """Judge whether the names of a matrix are good enough to go on with.
+
+    Parameters
+    ----------
+    names
+        What the genes are called, shape ``(genes,)``.
+    is_matched
+        Whether each was found among the genes that are wanted, shape ``(genes,)``.
+    where
+        Where the names were read, as :func:`choose_gene_names` says it.
+    counts
+        Counts of each gene over all cells, shape ``(genes,)``; ``None``: each name weighs the same.
+    wanted
+        What was looked for, in words.
+
+    Raises
+    ------
+    GenesError
+        The names are spelled like mouse genes, none is matched, fewer than 50 are, or those that
+        are hold less than a tenth of the counts.
+
+    Warns
+    -----
+    GenesWarning
+        The matched genes hold less than half of the counts, or the names look like those of mouse
+        genes in upper case.
+    """
+    n_matched = int(is_matched.sum())
+    mouse = _like_mouse(_without_controls(names))
+    if mouse_share(names) >= MOUSE_LIMIT and (n_matched or "ENSMUSG" in mouse[0]):
+        raise GenesError(
+            f"{len(mouse):,} of {len(names):,} {where} are spelled like mouse genes, for example "
+            f"{_quoted(mouse)}; CellPLM models are human. Map to human orthologs first, or name "
+            "the column of adata.var that holds them: gene_key='…'. If these are human symbols, "
+            "write them in upper case."
+        )
+    found = f"{n_matched:,} of {len(names):,} {where} are {wanted}"
+    weights = np.ones(len(names)) if counts is None else np.asarray(counts, dtype=float)
+    of_what = "names" if counts is None else "counts"
+    misses = _quoted(_unmatched(names, is_matched, weights))
+    advice = (
+        (f"Without a match are {misses}. " if misses else "")
+        + "Human gene symbols or Ensembl ids are expected in adata.var_names, or in the column of "
+        "adata.var that gene_key='…' names."
+    )
+    if n_matched < MIN_GENES:
+        raise GenesError(f"{found}; at least {MIN_GENES} are needed. {advice}")
+    total = weights.sum()
+    coverage = weights[is_matched].sum() / total if total > 0 else 1.0
+    share = f"they hold {coverage:.1%} of the {of_what}"
+    if coverage < MIN_COVERAGE:
+        raise GenesError(f"{found}; {share}, and at least {MIN_COVERAGE:.0%} are needed. {advice}")
+    if coverage < GOOD_COVERAGE:
+        warnings.warn(f"{found}; {share}. {advice}", GenesWarning, stacklevel=3)
+    upper = [name for name in names if _UPPER_CASE_MOUSE_NAME.fullmatch(name)]
+    if len(upper) > UPPER_CASE_MOUSE_LIMIT * len(names):
+        warnings.warn(
+            f"{len(upper):,} of {len(names):,} {where} are names of mouse genes in upper case, for "
+            f"example {_quoted(upper)}. Upper case finds about three quarters of the orthologs; "
+            "an ortholog table finds them all.",
+            GenesWarning,
+            stacklevel=3,
+        )
+
+
+def _unmatched(
+    names: Sequence[str] | Strings, is_matched: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> list[str]:
+    """Return the unmatched names, those that tell most first: no controls, most counts."""
+    order = np.argsort(-weights, kind="stable")
+    misses = [names[i] for i in order[~is_matched[order]].tolist()]
+    return _without_controls(misses)
+
+
+def _quoted(names: Sequence[str], at_most: int = 5) -> str:
+    return ", ".join(map(repr, names[:at_most])) + (", …" if len(names) > at_most else "")
