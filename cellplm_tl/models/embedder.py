@@ -170,13 +170,11 @@ class ScaledBlock(NamedTuple):
 
     def transposed_times(self, table: Tensor) -> Tensor:
         """Return x^T (genes, cells) times a table (cells, width)."""
-        matrix = torch.sparse_csr_tensor(
-            self.offsets.long(),
-            self.columns.long(),
-            self.differences,
-            (self.measured.shape[0], self.base.shape[0]),
-        )
-        product = matrix.to_sparse_csc().transpose(0, 1) @ table
+        by_gene = torch.argsort(self.columns, stable=True)
+        per_gene = torch.bincount(self.columns, minlength=self.base.shape[0])
+        offsets = F.pad(per_gene.cumsum(0), (1, 0))  # (genes + 1,)
+        rows = torch.repeat_interleave(self.offsets.diff().long())[by_gene]
+        product = sparse_product(self.differences[by_gene], rows, offsets, table)
         return product + self.base[:, None] * (self.measured @ table)
 
     def squared_length(self) -> Tensor:
@@ -285,8 +283,7 @@ class SpectrumEmbedder(nn.Module):
         projection = x.times(panel.loadings)  # (cells, factors)
         factors = projection @ panel.posterior
         total = x.squared_length()
-        unexplained = total - (2 * projection - factors @ panel.gram).mul(factors).sum(1)
-        explained = (total - unexplained).clamp(min=0)
+        explained = (2 * projection - factors @ panel.gram).mul(factors).sum(1).clamp(min=0)
         n_genes = torch.full_like(total, float(panel.scale.shape[0])).log10()
         descriptors = (
             block.library_size.clamp(min=1).log10(),
