@@ -120,9 +120,7 @@ def test_table_embedder_against_numpy(
     assert_close(embedded.hidden, expected)
 
 
-def test_genes_without_counts_change_nothing(
-    make_network, random_counts, to_counts, assert_close
-):
+def test_genes_without_counts_change_nothing(make_network, random_counts, to_counts, assert_close):
     """With a gene table a zero is as good as a gene that was not measured, in any order of genes."""
     embedder = make_network().embedder
     dense, genes = random_counts(6, 8), torch.arange(10, 18)
