@@ -280,13 +280,15 @@ def resolve(names: Iterable[Any]) -> Resolution:
 
 
 def as_texts(names: Iterable[Any]) -> list[str]:
-    """`names` as text without blanks around it; missing values (None, NaN, NA) become ``""``."""
+    """`names` as text without blanks around it; ``""`` for what is missing (None, NaN, NA)."""
     return [name.strip() if type(name) is str else _as_text(name) for name in names]
 
 
 def _as_text(name: Any) -> str:
     if isinstance(name, bytes):
         return name.decode(errors="replace").strip()
+    if isinstance(name, float | np.floating):
+        return ""  # no name, least of all infinity: INF is an alias of CBLIF
     if pd.api.types.is_scalar(name) and pd.isna(name):
         return ""
     return str(name).strip()
@@ -596,9 +598,9 @@ def check_match(
     found = f"{n_matched:,} of {len(names):,} {where} are {wanted}"
     weights = np.ones(len(names)) if counts is None else np.asarray(counts, dtype=float)
     of_what = "names" if counts is None else "counts"
-    misses = _quoted(_unmatched(names, is_matched, weights))
+    misses = _unmatched(names, is_matched, weights)
     advice = (
-        (f"Without a match are {misses}. " if misses else "")
+        (f"Without a match are {_quoted(misses)}. " if misses else "")
         + "Human gene symbols or Ensembl ids are expected in adata.var_names, or in the column of "
         "adata.var that gene_key='…' names."
     )
@@ -611,7 +613,7 @@ def check_match(
         raise GenesError(f"{found}; {share}, and at least {MIN_COVERAGE:.0%} are needed. {advice}")
     if coverage < GOOD_COVERAGE:
         warnings.warn(f"{found}; {share}. {advice}", GenesWarning, stacklevel=3)
-    upper = [name for name in names if _UPPER_CASE_MOUSE_NAME.fullmatch(name)]
+    upper = [name for name in misses if _UPPER_CASE_MOUSE_NAME.fullmatch(name)]
     if len(upper) > UPPER_CASE_MOUSE_LIMIT * len(names):
         warnings.warn(
             f"{len(upper):,} of {len(names):,} {where} are names of mouse genes in upper case, for "
