@@ -1,0 +1,11 @@
+"""The one door between AnnData and the rest of the package: cells come in, slots are written.
+
+Reading top to bottom: :mod:`.matrix` gives rows of a matrix of any form, :mod:`.state` finds what
+its values are and leads back to counts, :mod:`.columns` matches columns to genes, :mod:`.contexts`
+reads contexts and coordinates; :mod:`.read` puts them together, :mod:`.write` is the way back.
+"""
+
+from cellplm_tl._anndata.read import Cells, CountBlock, read_cells
+from cellplm_tl._anndata.write import build_record, check_keys, write_slots
+
+__all__ = ["Cells", "CountBlock", "build_record", "check_keys", "read_cells", "write_slots"]

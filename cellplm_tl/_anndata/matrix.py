@@ -1,0 +1,182 @@
+"""Rows of a matrix of any form, as CSR, a block at a time.
+
+Whatever holds the matrix (sparse or dense, in memory, on disk, in a view, lazy), a block of its
+rows comes out in one form. Nothing is written to what the user gave, not even a sorted order of
+indices; the whole is never made dense, and of all forms only CSC is ever copied as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from cellplm_tl._errors import CountsError
+
+Rows = slice | NDArray[np.int64]
+
+# Rows on disk that lie closer together than this are read in one go, with what is in between.
+MAX_GAP = 8
+# Bytes of a block in which a matrix is passed through as a whole.
+PASS_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that gives its rows.
+
+    Attributes
+    ----------
+    shape
+        Cells and columns.
+    dtype
+        Type of the values.
+    in_memory
+        Whether passing through all of it costs little.
+    where
+        Name of the slot, for messages: ``"X"`` or ``"layers['counts']"``.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    in_memory: bool
+    where: str
+    _read: Callable[[Rows], Any]
+
+    def rows(self, rows: Rows) -> sp.csr_matrix:
+        """Give some rows, in the order asked for.
+
+        No entry is there twice; columns need not be sorted, and zeros may be among the entries.
+        The arrays may be those of the user: they are not to be written to.
+        """
+        return _as_csr(self._read(rows), self.shape[1])
+
+    def blocks(self) -> Iterator[tuple[slice, NDArray]]:
+        """Pass through all rows: numbers of the rows of each block, and its values as stored."""
+        n_rows, n_columns = self.shape
+        step = max(1, PASS_BYTES // max(1, n_columns * self.dtype.itemsize))
+        for start in range(0, n_rows, step):
+            rows = slice(start, min(start + step, n_rows))
+            block = self._read(rows)
+            yield rows, block.data if sp.issparse(block) else np.asarray(block)
+
+    def sample(self, n_rows: int, n_runs: int = 16) -> NDArray[np.int64]:
+        """Choose up to `n_rows` rows: short runs of neighbours, spread evenly over the matrix."""
+        total = self.shape[0]
+        if total <= n_rows:
+            return np.arange(total)
+        length = n_rows // n_runs
+        starts = np.linspace(0, total - length, n_runs).astype(np.int64)
+        return (starts[:, None] + np.arange(length)).ravel()
+
+
+def open_matrix(adata: Any, layer: str | None) -> Matrix:
+    """Open ``adata.X`` or a layer.
+
+    A CSC matrix is turned into CSR at once, in memory and sparse as it is: its rows cannot be had
+    otherwise without passing through all of it for every block.
+    """
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    stored = _stored(adata, layer)
+    if stored is None:
+        raise CountsError(
+            f"adata.{where} is None; counts were expected. The layers are "
+            f"{', '.join(map(repr, adata.layers)) or 'none'}: name one with layer='…'."
+        )
+    dtype = np.dtype(stored.dtype)
+    if dtype.kind not in "biuf":
+        raise CountsError(f"adata.{where} must hold numbers; its type is {dtype}.")
+    read, in_memory = _reader(adata, layer, stored)
+    return Matrix(adata.shape, dtype, in_memory, where, read)
+
+
+def _stored(adata: Any, layer: str | None) -> Any:
+    """Give the matrix as it is stored: of a view that of its parent, which costs no copy."""
+    if adata.is_view:
+        adata = adata._adata_ref
+    return adata.X if layer is None else adata.layers[layer]
+
+
+def _reader(adata: Any, layer: str | None, stored: Any) -> tuple[Callable[[Rows], Any], bool]:
+    """How to read rows from what is stored, and whether that is in memory."""
+    is_on_disk = not (isinstance(stored, np.ndarray) or sp.issparse(stored))
+    if getattr(stored, "format", None) == "csc":
+        whole = adata.X if layer is None else adata.layers[layer]
+        if hasattr(whole, "to_memory"):  # a file's
+            whole = whole.to_memory()
+        matrix = sp.csr_matrix(whole)
+        return lambda rows: _rows_of_csr(matrix, rows), True
+    if adata.is_view:
+        # A view of some of its rows: anndata finds them in the parent, on disk as in memory.
+        def read_view(rows: Rows) -> Any:
+            part = adata[rows]
+            return part.X if layer is None else part.layers[layer]
+
+        if is_on_disk:
+            return lambda rows: _read_runs(read_view, rows), False
+        return read_view, True
+    if sp.issparse(stored):
+        matrix = stored if stored.format == "csr" else sp.csr_matrix(stored)
+        return lambda rows: _rows_of_csr(matrix, rows), True
+    if is_on_disk:
+        return lambda rows: _read_runs(stored.__getitem__, rows), False
+    return stored.__getitem__, True
+
+
+def _rows_of_csr(matrix: Any, rows: Rows) -> sp.csr_matrix:
+    """Rows of a CSR matrix; neighbours as views of its arrays."""
+    n_columns = matrix.shape[1]
+    if isinstance(rows, slice):
+        start, stop, _ = rows.indices(matrix.shape[0])
+        first, last = matrix.indptr[start], matrix.indptr[stop]
+        values, columns = matrix.data[first:last], matrix.indices[first:last]
+        return _csr(values, columns, matrix.indptr[start : stop + 1] - first, n_columns)
+    lengths = np.diff(matrix.indptr)[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    entries = np.repeat(matrix.indptr[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return _csr(matrix.data[entries], matrix.indices[entries], offsets, n_columns)
+
+
+def _read_runs(read: Callable[[Rows], Any], rows: Rows) -> sp.csr_matrix:
+    """Rows of something that is read best in ascending slices, in any order asked for."""
+    if isinstance(rows, slice):
+        return read(rows)
+    wanted, back = np.unique(rows, return_inverse=True)
+    runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > MAX_GAP) + 1)
+    parts = [_in_memory(read(slice(run[0], run[-1] + 1)))[run - run[0]] for run in runs if len(run)]
+    if not parts:
+        return read(slice(0, 0))
+    together = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+    return together[back]
+
+
+def _in_memory(block: Any) -> Any:
+    """Compute a lazy block (dask); give any other as it is."""
+    return block.compute() if hasattr(block, "compute") else block
+
+
+def _as_csr(block: Any, n_columns: int) -> sp.csr_matrix:
+    """Bring a block of any form to CSR without duplicate entries, of a type that scipy knows."""
+    block = _in_memory(block)
+    if not sp.issparse(block):
+        block = np.asarray(block)
+        block = block.astype(np.float32) if block.dtype == np.float16 else block
+        return sp.csr_matrix(block)
+    if block.format != "csr":
+        return sp.csr_matrix(block)
+    block = _csr(block.data, block.indices, block.indptr, n_columns)
+    if not block.has_canonical_format:
+        block = block.copy()
+        block.sum_duplicates()
+    return block
+
+
+def _csr(values: NDArray, columns: NDArray, offsets: NDArray, n_columns: int) -> sp.csr_matrix:
+    """Put a CSR matrix around arrays, which are shared."""
+    if values.dtype == np.float16:  # scipy has no operations for it
+        values = values.astype(np.float32)
+    return sp.csr_matrix((values, columns, offsets), (len(offsets) - 1, n_columns), copy=False)
