@@ -13,7 +13,7 @@ This file works on arrays alone: `values` are the entries above 0 of a block of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ ROUNDINGS = 4.0
 MIN_EVIDENCE = 14.0
 # A cell's smallest value is nearly always a count of one; if that fails, counts up to this one.
 LARGEST_SMALLEST_COUNT = 10
-# Largest part of a step that the error of a value may be, if the value is to tell grid points apart.
+# Largest part of a step that the error of a value may be, if it is to tell grid points apart.
 SHARP = 0.25
 # Share of the cells which must be on a grid for the matrix to count as recoverable.
 MIN_ON_GRID = 0.5
@@ -61,6 +61,9 @@ class Precision(NamedTuple):
         return rounding + ROUNDINGS * self.eps * values
 
 
+EXACT = Precision(None, 0.0)
+
+
 @dataclass(frozen=True)
 class State:
     """The state of a matrix, and what to do to get counts.
@@ -85,9 +88,9 @@ class State:
     kind: str
     way: str
     transform: str = "none"
-    precision: Precision = Precision(None, 0.0)
+    precision: Precision = EXACT
     scale: float = 1.0
-    facts: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_counts(
         self, values: NDArray, offsets: NDArray
@@ -143,7 +146,7 @@ def find_state(values: NDArray, offsets: NDArray) -> State:
         values are too large for a log: fractional counts; else taken for a natural log: inverted.
     """
     if _are_integers(values).all():
-        return State("counts", "as stored", facts={})
+        return State("counts", "as stored")
     precision = find_precision(values)
     distinct, distinct_offsets = _distinct(values, offsets)
     limit = np.log1p(MAX_COUNT)
@@ -194,16 +197,15 @@ def _recoverable(
             "storage; they are known to the nearest few"
         )
     scale = float(1.0 / np.median(grid.step[grid.fits]))
-    return State(
-        _kind(transform), "recovered", transform, precision, scale, _facts(facts, precision)
-    )
+    facts |= _tolerance(precision)
+    return State(_kind(transform), "recovered", transform, precision, scale, facts)
 
 
 def _not_recoverable(
     values: NDArray, offsets: NDArray, transform: str, precision: Precision, because: str
 ) -> State:
     total = float(np.median(_totals(_undo(values, transform, precision)[0], offsets)))
-    facts = {
+    facts: dict[str, Any] = {
         "chosen_because": because,
         "total": total,
         "scaled_to_total": NOMINAL_TOTAL,
@@ -212,21 +214,19 @@ def _not_recoverable(
             f"{NOMINAL_TOTAL:,.0f} counts"
         ),
     }
-    scale = NOMINAL_TOTAL / total
-    return State(
-        _kind(transform), "inverted", transform, precision, scale, _facts(facts, precision)
-    )
+    facts |= _tolerance(precision)
+    return State(_kind(transform), "inverted", transform, precision, NOMINAL_TOTAL / total, facts)
 
 
 def _kind(transform: str) -> str:
     return "library-normalised" if transform == "none" else "log-normalised"
 
 
-def _facts(facts: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """`facts` with the precision of storage, the bound within which a grid has to fit."""
+def _tolerance(precision: Precision) -> dict[str, Any]:
+    """Say how exactly a grid has to fit."""
     if precision.decimals is None:
-        return {**facts, "relative_tolerance": ROUNDINGS * precision.eps}
-    return {**facts, "decimals": precision.decimals}
+        return {"relative_tolerance": ROUNDINGS * precision.eps}
+    return {"decimals": precision.decimals}
 
 
 def find_precision(values: NDArray) -> Precision:
@@ -279,7 +279,7 @@ def _spread(totals: NDArray) -> float:
 
 
 def _distinct(values: NDArray, offsets: NDArray) -> tuple[NDArray, NDArray]:
-    """The different values of each cell, ascending, in single precision."""
+    """Give the different values of each cell, ascending, in single precision."""
     cells = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     # Bits of floats above 0 are ordered as the floats are: sorting integers does both at once.
     bits = values.astype(np.float32).view(np.uint32)

@@ -23,7 +23,7 @@ RECORDS = "cellplm"
 _MISSING = object()
 
 
-# ---------------------------------------------------------------------------------------- the record
+# -------------------------------------------------------------------------------------- the record
 
 
 def build_record(
@@ -92,7 +92,7 @@ def build_record(
 
 
 def _described(value: Any) -> Any:
-    """An argument as something that can be kept: data and generators by a description."""
+    """Give an argument as something that can be kept: data and generators by a description."""
     if isinstance(value, AnnData):
         return f"AnnData {value.n_obs} × {value.n_vars}"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -126,7 +126,7 @@ def _plain(value: Any, name: str) -> Any:
     raise TypeError(f"{name} is a {type(value).__name__}, which a record cannot keep: {value!r}")
 
 
-# ----------------------------------------------------------------------------------------- the slots
+# --------------------------------------------------------------------------------------- the slots
 
 
 def check_keys(slots: Any, slots_read: Any = ()) -> None:
@@ -170,8 +170,8 @@ def write_slots(
     adata
         Where to write.
     slots
-        Values by slot, like ``{("obsm", "X_cellplm"): latent}``. In ``obs`` and ``var``, a value has
-        one entry per row, whatever its index; slots that exist are replaced.
+        Values by slot, like ``{("obsm", "X_cellplm"): latent}``. In ``obs`` and ``var``, a value
+        has one entry per row, whatever its index; slots that exist are replaced.
     record
         What :func:`build_record` gave; it goes to ``uns["cellplm"][key_added]``.
     key_added
@@ -239,7 +239,7 @@ class _Target:
         if attribute in ("obs", "var"):
             value = value.array if isinstance(value, pd.Series) else value
         # Noted first: an interrupt may come between any two lines.
-        self.before.append((slot, key, slot[key] if key in slot else _MISSING))
+        self.before.append((slot, key, slot.get(key, _MISSING)))
         slot[key] = value
 
     def restore(self) -> None:
