@@ -42,7 +42,7 @@ class Posterior(NamedTuple):
 
 def clamp_through(x: Tensor, low: float, high: float) -> Tensor:
     """Clamp in the forward pass and let the gradient through as if nothing had been clamped."""
-    return x + (x.clamp(low, high) - x).detach()
+    return x.detach().clamp(low, high) + (x - x.detach())  # what is added is exactly 0
 
 
 def _draw(posterior: Posterior, noise: Tensor | None, epsilon: float = 0.0) -> Tensor:
@@ -90,6 +90,24 @@ class MixtureLatent(GaussianLatent):
     def components(self, z: Tensor) -> Tensor:
         """Return q(y|z), (cells, components)."""
         return self.assign(z).softmax(1)
+
+    def place_components(self, centres: Tensor, variance: Tensor) -> None:
+        """Start the prior from clusters of cells, and q(y|z) from Bayes' rule under that prior.
+
+        Components that start at random are won by the first of them that nears the data; clusters give
+        each a part of it.
+
+        Parameters
+        ----------
+        centres : Tensor, shape (components, latent)
+        variance : Tensor, shape (latent,)
+            Within the clusters.
+        """
+        with torch.no_grad():
+            self.prior_mean.copy_(centres)
+            self.prior_log_variance.copy_(variance.log().expand_as(centres))
+            self.assign.weight.copy_(centres / variance)
+            self.assign.bias.copy_(-0.5 * (centres.square() / variance).sum(1))
 
     def terms(self, posterior: Posterior, z: Tensor) -> dict[str, Tensor]:
         """Return E_q(y|z) KL(q(z|x) || p(z|y)) and KL(q(y|z) || uniform) per cell: L_cond, L_Y."""

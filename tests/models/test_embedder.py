@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_table_embedder_against_numpy(
 
 
 def test_genes_without_counts_change_nothing(make_network, random_counts, to_counts, assert_close):
-    """With a gene table a zero is as good as a gene that was not measured, in any order of genes."""
+    """With a gene table a zero is as good as a gene that was not measured, in any order."""
     embedder = make_network().embedder
     dense, genes = random_counts(6, 8), torch.arange(10, 18)
     [expected], _ = drive(embedder, [to_counts(dense)], genes)
@@ -266,7 +268,7 @@ def test_blocks_do_not_matter(cuts):
         torch.tensor(dense.sum(1)).float(),
     )
     edges = [0, *sorted(cuts), 25]
-    blocks = [take(counts, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    blocks = [take(counts, a, b) for a, b in itertools.pairwise(edges)]
     [whole], _ = drive(embedder, [counts], torch.arange(6))
     parts, _ = drive(embedder, blocks, torch.arange(6))
     factors = torch.cat([part.factors for part in parts])
