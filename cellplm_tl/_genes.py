@@ -551,15 +551,14 @@ def is_control_probe(names: Iterable[Any]) -> NDArray[np.bool_]:
     return np.fromiter(map(_is_control, as_texts(names)), dtype=bool)
 
 
-def check_match(
-    names: Sequence[str] | Strings,
+def check_names(
+    names: Strings,
     is_matched: NDArray[np.bool_],
     where: str,
     *,
-    counts: NDArray[Any] | None = None,
     wanted: str = "known human genes",
 ) -> None:
-    """Judge whether the names of a matrix are good enough to go on with.
+    """Judge the names of a matrix as a whole.
 
     Parameters
     ----------
@@ -569,22 +568,18 @@ def check_match(
         Whether each was found among the genes that are wanted, shape ``(genes,)``.
     where
         Where the names were read, as :func:`choose_gene_names` says it.
-    counts
-        Counts of each gene over all cells, shape ``(genes,)``; ``None``: each name weighs the same.
     wanted
         What was looked for, in words.
 
     Raises
     ------
     GenesError
-        The names are spelled like mouse genes, none is matched, fewer than 50 are, or those that
-        are hold less than a tenth of the counts.
+        The names are spelled like mouse genes, or fewer than 50 are matched.
 
     Warns
     -----
     GenesWarning
-        The matched genes hold less than half of the counts, or the names look like those of mouse
-        genes in upper case.
+        The names look like those of mouse genes in upper case.
     """
     n_matched = int(is_matched.sum())
     mouse = _like_mouse(_without_controls(names))
@@ -595,24 +590,12 @@ def check_match(
             "the column of adata.var that holds them: gene_key='…'. If these are human symbols, "
             "write them in upper case."
         )
-    found = f"{n_matched:,} of {len(names):,} {where} are {wanted}"
-    weights = np.ones(len(names)) if counts is None else np.asarray(counts, dtype=float)
-    of_what = "names" if counts is None else "counts"
-    misses = _unmatched(names, is_matched, weights)
-    advice = (
-        (f"Without a match are {_quoted(misses)}. " if misses else "")
-        + "Human gene symbols or Ensembl ids are expected in adata.var_names, or in the column of "
-        "adata.var that gene_key='…' names."
-    )
+    misses = unmatched(names, is_matched)
     if n_matched < MIN_GENES:
-        raise GenesError(f"{found}; at least {MIN_GENES} are needed. {advice}")
-    total = weights.sum()
-    coverage = weights[is_matched].sum() / total if total > 0 else 1.0
-    share = f"they hold {coverage:.1%} of the {of_what}"
-    if coverage < MIN_COVERAGE:
-        raise GenesError(f"{found}; {share}, and at least {MIN_COVERAGE:.0%} are needed. {advice}")
-    if coverage < GOOD_COVERAGE:
-        warnings.warn(f"{found}; {share}. {advice}", GenesWarning, stacklevel=3)
+        raise GenesError(
+            f"{n_matched:,} of {len(names):,} {where} are {wanted}; at least {MIN_GENES} are "
+            f"needed. {_advice(misses)} If genes were left out, adata.raw.to_adata() may have them."
+        )
     upper = [name for name in misses if _UPPER_CASE_MOUSE_NAME.fullmatch(name)]
     if len(upper) > UPPER_CASE_MOUSE_LIMIT * len(names):
         warnings.warn(
@@ -624,13 +607,68 @@ def check_match(
         )
 
 
-def _unmatched(
-    names: Sequence[str] | Strings, is_matched: NDArray[np.bool_], weights: NDArray[np.float64]
+def check_coverage(
+    names: Strings,
+    is_matched: NDArray[np.bool_],
+    where: str,
+    counts: NDArray[Any] | None,
+    *,
+    wanted: str = "known human genes",
+) -> float:
+    """Judge how much of the counts the matched genes hold.
+
+    Parameters
+    ----------
+    names, is_matched, where, wanted
+        As in :func:`check_names`.
+    counts
+        Counts of each gene over all cells, or a sample of them, shape ``(genes,)``; ``None`` if
+        there are none to be had: each name weighs the same.
+
+    Returns
+    -------
+    float
+        The matched share, between 0 and 1; 1 if there are no counts at all.
+
+    Raises
+    ------
+    GenesError
+        It is less than a tenth.
+
+    Warns
+    -----
+    GenesWarning
+        It is less than half.
+    """
+    weights = np.ones(len(names)) if counts is None else np.asarray(counts, dtype=float)
+    total = weights.sum()
+    coverage = float(weights[is_matched].sum() / total) if total > 0 else 1.0
+    if coverage >= GOOD_COVERAGE:
+        return coverage
+    found = (
+        f"{int(is_matched.sum()):,} of {len(names):,} {where} are {wanted}; they hold "
+        f"{coverage:.1%} of the {'names' if counts is None else 'counts'}"
+    )
+    advice = _advice(unmatched(names, is_matched, weights))
+    if coverage < MIN_COVERAGE:
+        raise GenesError(f"{found}, and at least {MIN_COVERAGE:.0%} are needed. {advice}")
+    warnings.warn(f"{found}. {advice}", GenesWarning, stacklevel=3)
+    return coverage
+
+
+def unmatched(
+    names: Strings, is_matched: NDArray[np.bool_], counts: NDArray[Any] | None = None
 ) -> list[str]:
-    """Return the unmatched names, those that tell most first: no controls, most counts."""
-    order = np.argsort(-weights, kind="stable")
-    misses = [names[i] for i in order[~is_matched[order]].tolist()]
-    return _without_controls(misses)
+    """Return the names without a match that should have one, those with most counts first."""
+    order = np.arange(len(names)) if counts is None else np.argsort(-counts, kind="stable")
+    return _without_controls(names[order[~is_matched[order]]])
+
+
+def _advice(misses: Sequence[str]) -> str:
+    return (f"Without a match are {_quoted(misses)}. " if misses else "") + (
+        "Human gene symbols or Ensembl ids are expected in adata.var_names, or in the column of "
+        "adata.var that gene_key='…' names."
+    )
 
 
 def _quoted(names: Sequence[str], at_most: int = 5) -> str:

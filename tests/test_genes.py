@@ -25,7 +25,8 @@ from cellplm_tl._genes import (
     STATUSES,
     biotype,
     canonical,
-    check_match,
+    check_coverage,
+    check_names,
     choose_gene_names,
     is_control_probe,
     mouse_share,
@@ -487,12 +488,16 @@ def test_control_probes_are_known(name):
 
 def judge(names, **kwargs):
     names = np.array(list(names), dtype=object)
-    check_match(names, resolve(names).gene_ids != "", "var_names", **kwargs)
+    check_names(names, resolve(names).gene_ids != "", "var_names", **kwargs)
 
 
-def test_good_names_pass_in_silence(approved):
+def coverage(names, counts):
+    names = np.array(names, dtype=object)
+    return check_coverage(names, resolve(names).gene_ids != "", "var_names", counts)
+
+
+def test_fifty_names_pass_in_silence(approved):
     judge(approved[:50, 1])
-    judge(approved[:300, 1], counts=np.zeros(300))  # nothing counted, nothing to hold against it
 
 
 def test_mouse_names_are_an_error(mouse_symbols):
@@ -517,21 +522,28 @@ def test_names_of_nothing_are_an_error():
 
 
 def test_too_few_matches_are_an_error(approved):
-    names = [*approved[:49, 1], "BLANK_1", "FOO"]
+    names = [*approved[:49, 1], "BLANK_1", "FOO"]  # of a control probe nothing is expected
     with pytest.raises(GenesError, match="49 of 51 var_names are genes of the model; at least 50"):
         judge(names, wanted="genes of the model")
-    with pytest.raises(
-        GenesError, match="Without a match are 'FOO'. Human"
-    ):  # BLANK_1 tells nothing
+    with pytest.raises(GenesError, match="Without a match are 'FOO'. Human"):
         judge(names)
 
 
 @pytest.mark.parametrize("scale", [1, 1e-6, 1e9])
-def test_coverage_decides_by_counts(approved, scale):
+def test_coverage_is_judged_by_counts(approved, scale):
     names = [*approved[:100, 1], "FOO", "BAR"]
     counts = np.array([*[1.0] * 100, 300, 601]) * scale
-    with pytest.raises(GenesError, match="they hold 10.0% of the counts.*10% are.*'BAR', 'FOO'"):
-        judge(names, counts=counts)
+    with pytest.raises(GenesError, match="hold 10.0% of the counts, and .*10% are.*'BAR', 'FOO'"):
+        coverage(names, counts)
+    counts[100:] = np.array([100, 200]) * scale
     with pytest.warns(GenesWarning, match="100 of 102 var_names.*hold 25.0% .*'BAR', 'FOO'"):
-        judge(names, counts=np.array([*[1.0] * 100, 100, 200]) * scale)
-    judge(names, counts=np.array([*[1.0] * 100, 50, 50]) * scale)
+        assert coverage(names, counts) == pytest.approx(0.25)
+    counts[100:] = 50 * scale
+    assert coverage(names, counts) == pytest.approx(0.5)
+
+
+def test_coverage_without_counts(approved):
+    names = [*approved[:60, 1], *(f"FOO{i}" for i in range(90))]
+    with pytest.warns(GenesWarning, match="40.0% of the names"):
+        assert coverage(names, None) == 0.4
+    assert coverage(names, np.zeros(150)) == 1  # nothing counted, nothing to hold against them
