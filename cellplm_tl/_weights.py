@@ -363,6 +363,22 @@ def _tensors(weights: Path) -> Iterator[tuple[str, Tensor]]:
         raise WeightsError(f"{weights} is not a readable safetensors file: {error}") from error
 
 
+def write_state(path: Path, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+    """Write the state of a run aside, flush it, and move it into place."""
+    aside = path.with_name(f".{path.name}")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, aside, {"scalars": json.dumps(scalars)})
+    _flush(aside)
+    os.replace(aside, path)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Read what :func:`write_state` wrote."""
+    tensors = dict(_tensors(path))
+    with safe_open(path, framework="pt") as file:
+        return tensors, json.loads(file.metadata()["scalars"])
+
+
 # --- the official release -------------------------------------------------------------------------
 
 # Name in the release → name here. Linear, norm and embedding tensors end in .weight or .bias.

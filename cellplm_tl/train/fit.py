@@ -1,0 +1,292 @@
+"""One loop for all training: optimiser, schedule, averaging, validation, early stop, resume, log.
+
+A step is a pure function of the weights, the optimiser's state and the step's number: everything random
+in it is drawn from the seed and that number. So the state to keep is small, and a run that was killed
+goes on to the same weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._errors import OptionError, TrainingError
+from .._settings import logger, settings
+from .._weights import read_state, write_state
+from ..models import CellPLM
+
+Terms = dict[str, Tensor]  # named scalars of a step; "loss" is what is minimised
+STATE = "state.safetensors"
+LOG = "log.csv"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How weights are trained.
+
+    Parameters
+    ----------
+    steps : int
+        Number of updates; the schedule ends there.
+    learning_rate, weight_decay : float
+        Of AdamW (Table 5: 2e-4, 1e-8).
+    warmup : int
+        Steps of linear warm-up, after which a cosine leads to `final_rate` of the learning rate.
+    final_rate : float
+        Share of the learning rate at the last step.
+    gradient_clip : float
+        Largest norm of a step's gradient.
+    average : float
+        Decay of the exponential moving average of the weights, which is what is validated and kept;
+        0 for none.
+    validate_every, patience : int
+        Steps between validations, and validations without a new best after which training stops.
+    save_every : int
+        Steps between saved states.
+    precision : {"fp32", "bf16"}
+        Of the matrix products.
+    seed : int
+        Of everything random.
+
+    Examples
+    --------
+    >>> import cellplm_tl as cp
+    >>> cp.train.TrainConfig(steps=100).learning_rate
+    0.0002
+    """
+
+    steps: int = 1000
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-8
+    warmup: int = 100
+    final_rate: float = 0.05
+    gradient_clip: float = 2.0
+    average: float = 0.999
+    validate_every: int = 200
+    patience: int = 20
+    save_every: int = 200
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "validate_every", "patience", "save_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise OptionError(f"learning_rate must be positive, not {self.learning_rate}.")
+        if not 0 <= self.average < 1:
+            raise OptionError(f"average must lie in [0, 1), not {self.average}.")
+        if self.precision not in ("fp32", "bf16"):
+            raise OptionError(f"precision must be 'fp32' or 'bf16', not {self.precision!r}.")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step (from 0)."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+
+
+def fit(
+    network: CellPLM,
+    objective: Callable[[CellPLM, int], Terms],
+    config: TrainConfig,
+    *,
+    validate: Callable[[CellPLM], float] | None = None,
+    folder: Path | None = None,
+) -> CellPLM:
+    """Train a network in place and leave its best weights in it.
+
+    Parameters
+    ----------
+    network : CellPLM
+        Its parameters that require a gradient are trained.
+    objective : callable
+        (network, step) → the step's terms. Must draw all that is random from the step's number.
+    config : TrainConfig
+        How.
+    validate : callable, optional
+        Network → loss on held-out material; without it the last (averaged) weights are kept.
+    folder : Path, optional
+        Where state and log are kept; a run found there is continued.
+
+    Raises
+    ------
+    TrainingError
+        The loss became NaN or infinite; the last saved state is intact.
+    """
+    run = _Run(network, config, folder)
+    run.resume()
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        desc="training",
+        unit="step",
+        disable=not settings.show_progress(),
+    )
+    with bar:
+        while run.step < config.steps and run.stale < config.patience:
+            terms = run.update(objective)
+            bar.update()
+            bar.set_postfix(loss=f"{terms['loss']:.4f}", refresh=False)
+            last = run.step == config.steps
+            if validate is not None and (run.step % config.validate_every == 0 or last):
+                run.validated(validate)
+            if run.step % config.save_every == 0 or last:
+                run.save()
+    run.finish(keep_best=validate is not None)
+    return network
+
+
+class _Run:
+    """The state of a run: what it takes to go on."""
+
+    def __init__(self, network: CellPLM, config: TrainConfig, folder: Path | None):
+        self.network, self.config, self.folder = network, config, folder
+        self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(
+            self.trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.best = {name: p.clone() for name, p in self.average.items()}
+        self.best_loss = math.inf
+        self.step = 0
+        self.stale = 0  # validations since the best
+        self.rows: list[dict[str, float]] = []
+
+    def update(self, objective: Callable[[CellPLM, int], Terms]) -> dict[str, float]:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        self.network.train()
+        bf16 = self.config.precision == "bf16"
+        with _seeded(self.config.seed, self.step), torch.autocast(
+            next(iter(self.trained.values())).device.type, torch.bfloat16, enabled=bf16
+        ):
+            terms = objective(self.network, self.step)
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        if not math.isfinite(values["loss"]):
+            where = f"; the last good state is in {self.folder}" if self.folder else ""
+            raise TrainingError(
+                f"the loss became {values['loss']} at step {self.step} ({values}){where}. "
+                "Lower the learning rate or look at that step's data."
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(self.config.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                self.average[name].lerp_(parameter, 1 - decay)
+        self.rows.append({"step": self.step, **values, "gradient": float(norm)})
+        return values
+
+    def validated(self, validate: Callable[[CellPLM], float]) -> None:
+        with self._weights(self.average), torch.no_grad(), _seeded(self.config.seed, 0):
+            self.network.eval()
+            loss = validate(self.network)
+        self.rows[-1]["validation"] = loss
+        logger.info("step %d: validation loss %.5f", self.step, loss)
+        if loss < self.best_loss:
+            self.best_loss, self.stale = loss, 0
+            self.best = {name: p.clone() for name, p in self.average.items()}
+        else:
+            self.stale += 1
+
+    def finish(self, *, keep_best: bool) -> None:
+        """Leave the best (or the last averaged) weights in the network."""
+        weights = self.best if keep_best and math.isfinite(self.best_loss) else self.average
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+        self.network.eval()
+
+    @contextmanager
+    def _weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Put other weights into the network for a while."""
+        own = {name: p.detach().clone() for name, p in self.trained.items()}
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(own[name])
+
+    def save(self) -> None:
+        """Write state and log aside and move them into place."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, parameter in self.trained.items():
+            tensors[f"weights.{name}"] = parameter.detach()
+            tensors[f"average.{name}"] = self.average[name]
+            tensors[f"best.{name}"] = self.best[name]
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        scalars = {"step": self.step, "stale": self.stale, "best_loss": self.best_loss}
+        write_state(self.folder / STATE, tensors, scalars)
+        self._write_log()
+
+    def resume(self) -> None:
+        """Continue from the folder's state, if there is one."""
+        if self.folder is None or not (self.folder / STATE).is_file():
+            return
+        tensors, scalars = read_state(self.folder / STATE)
+        expected = {f"weights.{name}" for name in self.trained}
+        found = {name for name in tensors if name.startswith("weights.")}
+        if expected != found:
+            raise TrainingError(
+                f"{self.folder / STATE} belongs to another network "
+                f"({len(expected ^ found)} tensors differ); choose another folder."
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"weights.{name}"])
+                self.average[name].copy_(tensors[f"average.{name}"])
+                self.best[name].copy_(tensors[f"best.{name}"])
+                self.optimiser.state[parameter] = {
+                    key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.step, self.stale = int(scalars["step"]), int(scalars["stale"])
+        self.best_loss = scalars["best_loss"]
+        self._read_log()
+        logger.info("continuing at step %d from %s", self.step, self.folder)
+
+    def _write_log(self) -> None:
+        assert self.folder is not None
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        aside = self.folder / f".{LOG}"
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        aside.replace(self.folder / LOG)
+
+    def _read_log(self) -> None:
+        assert self.folder is not None
+        if (self.folder / LOG).is_file():
+            with (self.folder / LOG).open(newline="") as file:
+                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["step"] <= self.step]
+
+
+@contextmanager
+def _seeded(seed: int, step: int) -> Iterator[None]:
+    """Seed PyTorch for one step (dropout, latent noise), and give its generator back after."""
+    with torch.random.fork_rng():
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+        yield

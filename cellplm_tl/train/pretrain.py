@@ -1,0 +1,357 @@
+"""`cp.train.pretrain`: the self-supervised objective on a pool of files."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _weights
+from .._errors import OptionError, TrainingError
+from .._settings import logger
+from ..models import CellPLM, CellPLMConfig
+from .contexts import Corruption, Example, Source, draw_example, read_sources
+from .fit import Terms, TrainConfig, fit
+from .objective import explained_likelihood, reconstruction
+
+DEPTH_OFFSET = 200.0  # counts: keeps the weight of shallow cells finite
+KL_TERMS = ("latent", "components")
+START_EXAMPLES = 60  # contexts whose cells the mixture's components start from,
+FIRST_OF_START = 2_000_000  # drawn as steps that training never reaches
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run, whole.
+
+    Parameters
+    ----------
+    files : tuple of str
+        h5ad files of the pool, counts of human genes.
+    out : str
+        Directory that the model is written to; state and log are kept in `<out>.run`.
+    batch_key : str
+        Column of `obs` that names the contexts of a file; a file without it is one context.
+    weights : dict of str to float
+        Relative chance of a file (by its stem) to be drawn; 1 where absent.
+    start : str, optional
+        Model whose spectrum and genes the network is built on (`embedder="spectrum"`).
+    network : dict
+        Fields of :class:`CellPLMConfig` that differ from its defaults; `genes` come from `start`, or are
+        all genes that at least `min_files` files measure.
+    min_files : int
+        See `network`.
+    validation : tuple of str
+        Stems of files that are held out; their loss chooses the weights that are kept.
+    corruption : Corruption
+        How counts are hidden.
+    kl_weight : dict of str to float
+        Weight of the terms `latent` and `components` of the bound; 1 is the bound itself.
+    kl_warmup : int
+        Steps over which these weights rise from 0.
+    train : TrainConfig
+        Optimisation.
+    dtype : {"float32", "float16"}
+        Of the stored weights.
+
+    Examples
+    --------
+    >>> import cellplm_tl as cp
+    >>> config = cp.train.PretrainConfig(files=("a.h5ad", "b.h5ad"), out="my_model")
+    >>> config.corruption.cell_mask_rate, config.corruption.gene_mask_rate
+    (0.75, 0.25)
+    """
+
+    files: tuple[str, ...]
+    out: str
+    batch_key: str = "batch"
+    weights: dict[str, float] = field(default_factory=dict)
+    start: str | None = None
+    network: dict[str, Any] = field(default_factory=dict)
+    min_files: int = 1
+    validation: tuple[str, ...] = ()
+    corruption: Corruption = field(default_factory=Corruption)
+    kl_weight: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KL_TERMS, 1.0))
+    kl_warmup: int = 0
+    train: TrainConfig = field(default_factory=TrainConfig)
+    dtype: str = "float32"
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> PretrainConfig:
+        """Read a run from a TOML file; tables `corruption` and `train` hold those configs' fields.
+
+        Paths in it are relative to the file; `files` may hold patterns such as `pool/*.h5ad`.
+        """
+        path = Path(path)
+        values = tomllib.loads(path.read_text())
+        files = []
+        for pattern in values.pop("files"):
+            found = sorted(path.parent.glob(pattern)) if "*" in pattern else [path.parent / pattern]
+            files += [str(file) for file in found]
+        corruption = values.pop("corruption", {})
+        for name, value in corruption.items():
+            corruption[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            return cls(
+                files=tuple(files),
+                out=str(path.parent / values.pop("out")),
+                validation=tuple(values.pop("validation", ())),
+                corruption=Corruption(**corruption),
+                train=TrainConfig(**values.pop("train", {})),
+                **values,
+            )
+        except (TypeError, KeyError) as error:
+            raise OptionError(f"{path} is no pretraining run: {error}") from error
+
+
+def pretrain(config: PretrainConfig) -> _weights.Model:
+    """Train a network on a pool of files by the denoising variational bound (appendix D, E).
+
+    Each step draws one context of one file, hides a part of its counts (binomial halves, or the paper's
+    masks on 75 % of the cells and 25 % of their genes), and predicts what was hidden, over genes that
+    the file measures. A run that was interrupted goes on from its last saved state.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The run.
+
+    Returns
+    -------
+    Model
+        As written to `config.out`, with the weights that were best on the held-out files.
+
+    Raises
+    ------
+    OptionError
+        The configuration names no file, or files that do not exist.
+    TrainingError
+        `config.out` exists, or the loss stopped being a number.
+
+    Notes
+    -----
+    The bound of a cell (nats) is weighed by 1 / (hidden counts + 200), so that a deep cell does not
+    drown the others; its terms keep their proportions.
+
+    Examples
+    --------
+    >>> import tempfile, scanpy as sc, cellplm_tl as cp
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adata.write_h5ad(f"{folder}/pbmc.h5ad")
+    ...     model = cp.train.pretrain(cp.train.PretrainConfig(
+    ...         files=(f"{folder}/pbmc.h5ad",), out=f"{folder}/model",
+    ...         network=dict(hidden=16, heads=2, encoder_layers=1, latent_size=8, decoder_hidden=16),
+    ...         train=cp.train.TrainConfig(steps=3)))
+    >>> model.config.latent_size
+    8
+    """
+    _check(config)
+    network = build(config)
+    training, held_out = _sources(config, network.config.genes)
+    _seed_weights(network, config)
+    if network.config.latent == "mixture":
+        place_components(network, training, config)
+    validate = partial(validation_loss, sources=held_out, config=config) if held_out else None
+    fit(
+        network,
+        partial(bound, sources=training, config=config, panels={}),
+        config.train,
+        validate=validate,
+        folder=Path(config.out + ".run"),
+    )
+    provenance = {"tool": "cellplm_tl.train.pretrain", "run": _plain(config)}
+    path = _weights.save(network, config.out, provenance=provenance, dtype=config.dtype)
+    return _weights.load(path)
+
+
+def build(config: PretrainConfig) -> CellPLM:
+    """Make the network of a run, from its start model where it has one."""
+    if config.start is None:
+        return CellPLM(CellPLMConfig(genes=tuple(_union_of_genes(config)), **config.network))
+    start = _weights.load(config.start).network
+    spectrum = {"embedder": "spectrum", "factors": start.config.factors}
+    values = {**spectrum, "noise": start.config.noise, "latent_size": start.config.factors}
+    network = CellPLM(CellPLMConfig(genes=start.config.genes, **(values | config.network)))
+    network.embedder.load_state_dict(start.embedder.state_dict(), strict=False)
+    return network
+
+
+def place_components(network: CellPLM, sources: Sequence[Source], config: PretrainConfig) -> None:
+    """Start the mixture from k-means clusters of the latent means of cells drawn from the pool."""
+    from sklearn.cluster import KMeans
+
+    whole = replace(config.corruption, thin=1.0, panel=0.0, depth=0.0)
+    network.eval()
+    with torch.no_grad():
+        examples = [
+            draw_example(sources, whole, config.train.seed, FIRST_OF_START + number)
+            for number in range(START_EXAMPLES)
+        ]
+        means = torch.cat([network(e.counts, e.genes, e.coordinates).posterior.mean for e in examples])
+    seed = config.train.seed % 2**32
+    clusters = KMeans(network.config.components, n_init=3, random_state=seed).fit(means.numpy())
+    centres = torch.from_numpy(clusters.cluster_centers_)
+    variance = (means - centres[clusters.labels_]).square().mean(0).clamp(min=0.05)
+    network.latent.place_components(centres, variance)
+
+
+def bound(
+    network: CellPLM,
+    step: int,
+    *,
+    sources: Sequence[Source],
+    config: PretrainConfig,
+    panels: dict[int, Any] | None = None,
+) -> Terms:
+    """Return the weighted negative bound of one step's example, and its parts.
+
+    `panels` keeps what the embedder computes once per data set.
+    """
+    example = draw_example(sources, config.corruption, config.train.seed, step)
+    warm = min(1.0, (step + 1) / config.kl_warmup) if config.kl_warmup else 1.0
+    panel = _panel(network, example, sources, panels)
+    return _terms(network, example, config, warm, sample=True, panel=panel)
+
+
+def _panel(
+    network: CellPLM, example: Example, sources: Sequence[Source], panels: dict[int, Any] | None
+) -> Any:
+    """Return the embedder's panel from `panels` where it does not change: fixed spectrum, all genes."""
+    whole = len(example.genes) == len(sources[example.source].cells.genes)
+    if panels is None or network.config.embedder != "spectrum" or not whole:
+        return None
+    if example.source not in panels:
+        panels[example.source] = network.embedder.panel(example.genes)
+    return panels[example.source]
+
+
+def validation_loss(
+    network: CellPLM, *, sources: Sequence[Source], config: PretrainConfig, n_examples: int = 8
+) -> float:
+    """Return minus the likelihood gained over the context's mean, over examples of each source."""
+    gains = []
+    for source in sources:
+        for number in range(n_examples):
+            seed = config.train.seed + 1_000_000
+            example = draw_example([source], config.corruption, seed, number)
+            gains.append(float(_terms(network, example, config, 1.0, sample=False)["gain"]))
+    return -float(np.mean(gains))
+
+
+def _terms(
+    network: CellPLM,
+    example: Example,
+    config: PretrainConfig,
+    warm: float,
+    *,
+    sample: bool,
+    panel: Any = None,
+) -> Terms:
+    encoded = network(example.counts, example.genes, example.coordinates, panel)
+    noise = torch.randn_like(encoded.posterior.mean) if sample else None
+    z = network.latent.sample(encoded.posterior, noise)
+    profile = _profile(network, encoded.profile, example)
+    decoded = network.decode(z, example.target_genes, profile=profile)
+    if decoded.theta is not None:
+        decoded = decoded._replace(mean=decoded.mean.float())
+    terms = {"reconstruction": reconstruction(decoded, example.target, example.weights, example.target_total)}
+    terms |= network.latent.terms(encoded.posterior, z)
+    hidden = (example.target * example.weights).sum(1)
+    cell_weight = (hidden > 0) / (hidden + DEPTH_OFFSET)
+    cell_weight = cell_weight / cell_weight.sum().clamp(min=1e-12)
+    weights = {name: warm * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
+    result = {name: (cell_weight * term.float()).sum() for name, term in terms.items()}
+    per_cell = sum(weights.get(name, 1.0) * term.float() for name, term in terms.items())
+    scale = 1 / (hidden + DEPTH_OFFSET)
+    result["loss"] = (per_cell * scale * (hidden > 0)).mean()
+    mean = decoded.mean if decoded.theta is not None else decoded.mean.expm1().clamp(min=0)
+    baseline = profile if profile is not None else example.target.mean(0)
+    result["gain"] = explained_likelihood(
+        decoded._replace(mean=mean.detach()), example.target, example.weights, baseline
+    )
+    if "components" in terms and hasattr(network.latent, "components"):
+        with torch.no_grad():
+            usage = network.latent.components(z.float()).mean(0)
+            result["components_in_use"] = (-(usage * (usage + 1e-12).log()).sum()).exp()
+    return result
+
+
+def _profile(network: CellPLM, profile: Tensor | None, example: Example) -> Tensor | None:
+    if profile is None:
+        return None
+    return network.embedder.background(profile, example.genes, example.target_genes)
+
+
+def _seed_weights(network: CellPLM, config: PretrainConfig) -> None:
+    """Draw initial weights from the run's seed."""
+    fresh_config = network.config
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        fresh = CellPLM(fresh_config)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(fresh.get_parameter(name))
+
+
+def _sources(config: PretrainConfig, genes: Sequence[str]) -> tuple[list[Source], list[Source]]:
+    import anndata
+
+    files = []
+    for file in config.files:
+        columns = anndata.read_h5ad(file, backed="r").obs.columns
+        batch_key = config.batch_key if config.batch_key in columns else None
+        files.append((file, batch_key, config.weights.get(Path(file).stem, 1.0)))
+    sources = read_sources(files, genes)
+    for source in sources:
+        logger.info(
+            "%s: %d cells, %d genes, %d contexts",
+            source.name,
+            source.cells.n_cells,
+            len(source.cells.genes),
+            len(source.cells.contexts),
+        )
+    held_out = [source for source in sources if source.name in config.validation]
+    return [source for source in sources if source not in held_out], held_out
+
+
+def _union_of_genes(config: PretrainConfig) -> list[str]:
+    """Return the genes that enough files measure, sorted."""
+    import anndata
+
+    from .._genes import choose_gene_names, resolve
+
+    seen: dict[str, int] = {}
+    for file in config.files:
+        names, _ = choose_gene_names(anndata.read_h5ad(file, backed="r").var, None)
+        for gene in set(resolve(names).gene_ids) - {""}:
+            seen[gene] = seen.get(gene, 0) + 1
+    return sorted(gene for gene, files in seen.items() if files >= config.min_files)
+
+
+def _check(config: PretrainConfig) -> None:
+    if not config.files:
+        raise OptionError("files is empty: name the h5ad files of the pool.")
+    missing = [file for file in config.files if not Path(file).is_file()]
+    if missing:
+        raise OptionError(f"{len(missing)} of {len(config.files)} files do not exist: {missing[:5]}.")
+    unknown = set(config.validation) - {Path(file).stem for file in config.files}
+    if unknown:
+        raise OptionError(f"validation names files that are not in the pool: {sorted(unknown)}.")
+    if Path(config.out).exists():
+        raise TrainingError(f"{config.out} exists; choose another `out`.")
+
+
+def _plain(config: PretrainConfig) -> dict[str, Any]:
+    """Return the run as values that JSON can hold, with file names instead of paths."""
+    values = asdict(config)
+    values["files"] = [Path(file).name for file in config.files]
+    values["out"] = Path(config.out).name
+    return values
