@@ -120,6 +120,8 @@ def make_network():
                 network.embedder.loadings.normal_(std=network.config.n_genes**-0.5)
                 network.embedder.eigenvalues.copy_(torch.linspace(3.0, 0.5, factors))
                 network.embedder.scale.uniform_(0.3, 1.5)
+                network.embedder.pool_profile.uniform_(0.5, 1.0)
+                network.embedder.pool_profile.div_(network.embedder.pool_profile.sum())
         return network.eval()
 
     return make

@@ -68,7 +68,7 @@ def test_the_bounds_of_the_release_act_in_these_tests(golden):
 def test_activation_has_the_releases_values_and_gradients_everywhere(
     what, bounds, golden, assert_close
 ):
-    """Where the release has gradient 0 (outside the bounds) or NaN (exp overflows), ours goes on."""
+    """Where the release has gradient 0 (outside the bounds) or NaN (overflow), ours goes on."""
     arrays = golden("activations")
     x = torch.tensor(arrays["x"], requires_grad=True)
     value = _bounded_exp(x, bounds)

@@ -250,6 +250,17 @@ def test_a_context_of_empty_cells_is_finite(make_network, to_counts):
     assert embedder.profile(context).tolist() == [0.0] * 4
 
 
+def test_background_of_genes_that_were_not_measured(make_network, assert_close):
+    """The pool's mean fractions, of which the context's panel shares out its own part."""
+    embedder = make_network(**SPECTRUM).embedder
+    pool = embedder.pool_profile.double().numpy()
+    profile, measured = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([7, 2, 11])
+    actual = embedder.background(profile, measured, torch.tensor([2, 3, 11]))
+    part = pool[[7, 2, 11]].sum()
+    assert_close(actual, np.array([0.2 * part, pool[3], 0.3 * part]), rtol=1e-5, atol=0)
+    assert_close(embedder.pool_profile, pool)  # unchanged
+
+
 @settings(deadline=None, max_examples=30)
 @given(cuts=st.lists(st.integers(0, 25), max_size=5))
 def test_blocks_do_not_matter(cuts):

@@ -249,6 +249,19 @@ def test_mixture_terms_of_extreme_variances(h):
         assert (parameter.grad[:2] != 0).all()
 
 
+def test_placed_components_and_bayes_rule(h):
+    """q(y|z) starts as the posterior of the component under the prior that the clusters make."""
+    latent = random_latent("mixture")
+    centres = torch.randn(COMPONENTS, LATENT, dtype=torch.float64)
+    variance = torch.linspace(0.2, 2.0, LATENT, dtype=torch.float64)
+    latent.place_components(centres, variance)
+    z = noise()
+    log_density = torch.stack([p.log_prob(z) for p in component_distributions(latent)], 1)
+    torch.testing.assert_close(latent.components(z), log_density.softmax(1))
+    densities = Independent(Normal(centres, variance.sqrt()), 1).log_prob(z[:, None])
+    torch.testing.assert_close(log_density, densities)
+
+
 # --- the plain ones, and what all have in common --------------------------------------------------
 
 
