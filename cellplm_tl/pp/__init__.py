@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from cellplm_tl.pp.match_genes import match_genes
+
+__all__ = ["match_genes"]
