@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
+
 EPSILON = 1e-6  # e above, added to every entry (the release)
 COMPETITION_CLIP = 1.0  # bound of the competition's logit (the release)
 OUTPUT_DROPOUT = 0.01  # after the output projection, whatever the model's rate (the release)
@@ -32,7 +34,7 @@ Projected = tuple[Tensor, Tensor, Tensor]  # q, k, v of a block, each (cells, he
 def _dot(cells: Tensor, total: Tensor) -> Tensor:
     """(cells, heads, head_dim) . (heads, head_dim) → (cells, heads), with the release's epsilon."""
     shifted = total + EPSILON
-    return torch.einsum("chd,hd->ch", cells, shifted) + EPSILON * shifted.sum(1)
+    return (cells * shifted).sum(2) + EPSILON * shifted.sum(1)
 
 
 class FlowAttention(nn.Module):
@@ -43,10 +45,10 @@ class FlowAttention(nn.Module):
     def __init__(self, hidden: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
-        self.out = nn.Linear(hidden, hidden)
+        self.query = Linear(hidden, hidden)
+        self.key = Linear(hidden, hidden)
+        self.value = Linear(hidden, hidden)
+        self.out = Linear(hidden, hidden)
         self.dropout = nn.Dropout(OUTPUT_DROPOUT)
 
     def project(self, x: Tensor) -> Projected:

@@ -12,12 +12,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CellPLMConfig
 from .embedder import make_norm
 from .latent import clamp_through
+from .linear import Linear, linear
 
 MEAN_BOUNDS = (1e-5, 1e6)  # of the released decoder's mean
 DISPERSION_BOUNDS = (1e-4, 1e4)  # of its inverse dispersion theta
@@ -70,7 +70,7 @@ class TrunkLayer(nn.Module):
 
     def __init__(self, config: CellPLMConfig, width: int):
         super().__init__()
-        self.linear = nn.Linear(width, config.decoder_hidden)
+        self.linear = Linear(width, config.decoder_hidden)
         self.activation = nn.PReLU()
         self.dropout = nn.Dropout(config.dropout)
         self.norm = make_norm(config, config.decoder_hidden)
@@ -107,8 +107,8 @@ class NegativeBinomialDecoder(nn.Module):
     def __init__(self, config: CellPLMConfig):
         super().__init__()
         self.trunk = _Trunk(config)
-        self.bottleneck = nn.Linear(config.decoder_hidden, BOTTLENECK)
-        self.genes = nn.Linear(BOTTLENECK, config.n_genes)
+        self.bottleneck = Linear(config.decoder_hidden, BOTTLENECK)
+        self.genes = Linear(BOTTLENECK, config.n_genes)
         self.log_theta = nn.Parameter(torch.zeros(config.n_genes))
 
     def forward(
@@ -123,7 +123,7 @@ class NegativeBinomialDecoder(nn.Module):
         The clamp is on the exponent, so that nothing overflows, and lets its gradient through.
         """
         t = self.bottleneck(self.trunk(z, covariates)).relu()
-        exponent = F.linear(t, self.genes.weight[genes], self.genes.bias[genes])
+        exponent = linear(t, self.genes.weight[genes], self.genes.bias[genes])
         return Decoded(_bounded_exp(exponent, MEAN_BOUNDS), self.theta(genes))
 
     def theta(self, genes: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ class GaussianDecoder(nn.Module):
     def __init__(self, config: CellPLMConfig):
         super().__init__()
         self.trunk = _Trunk(config)
-        self.bottleneck = nn.Linear(config.decoder_hidden, BOTTLENECK)
-        self.genes = nn.Linear(BOTTLENECK, config.n_genes)
+        self.bottleneck = Linear(config.decoder_hidden, BOTTLENECK)
+        self.genes = Linear(BOTTLENECK, config.n_genes)
 
     def forward(
         self,
@@ -149,7 +149,7 @@ class GaussianDecoder(nn.Module):
     ) -> Decoded:
         """(cells, latent) → mean of lognorm expression (cells, genes)."""
         t = self.bottleneck(self.trunk(z, covariates)).relu()
-        return Decoded(F.linear(t, self.genes.weight[genes], self.genes.bias[genes]), None)
+        return Decoded(linear(t, self.genes.weight[genes], self.genes.bias[genes]), None)
 
 
 class ProfileDecoder(nn.Module):
@@ -163,7 +163,7 @@ class ProfileDecoder(nn.Module):
         super().__init__()
         self.trunk = _Trunk(config)
         self.gain = nn.Parameter(torch.ones(config.factors))
-        self.correction = nn.Linear(config.decoder_hidden, config.factors)
+        self.correction = Linear(config.decoder_hidden, config.factors)
         self.bias = nn.Parameter(torch.zeros(config.n_genes))
         self.log_theta = nn.Parameter(torch.zeros(config.n_genes))
 
@@ -194,7 +194,7 @@ class Head(nn.Module):
         layers = config.decoder_layers
         widths = [config.latent_size, *[config.decoder_hidden] * (layers - 1), config.head_outputs]
         self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         self.dropout = nn.Dropout(config.dropout)
 
@@ -211,7 +211,7 @@ class PatientHead(nn.Module):
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        self.linear = nn.Linear(config.latent_size, config.head_outputs)
+        self.linear = Linear(config.latent_size, config.head_outputs)
 
     def forward(self, z: Tensor) -> Tensor:
         """(cells, latent) → (1, outputs)."""

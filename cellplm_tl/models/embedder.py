@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import NORM_GROUPS, CellPLMConfig
+from .linear import Linear
 from .position import PositionalEncoding
 
 TARGET_SUM = 1e4  # counts per cell that lognorm expression is scaled to
@@ -99,7 +100,7 @@ class Mixing(nn.Module):
         super().__init__()
         hidden = config.hidden
         self.positions = PositionalEncoding(hidden) if config.positions == "sinusoidal" else None
-        self.linear = nn.Linear(hidden, hidden)
+        self.linear = Linear(hidden, hidden)
         self.dropout = nn.Dropout(config.dropout)
         self.norm = make_norm(config, hidden)
 
@@ -197,7 +198,7 @@ class FactorReader(nn.Module):
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        self.linear = nn.Linear(config.factors + self.n_descriptors, config.hidden)
+        self.linear = Linear(config.factors + self.n_descriptors, config.hidden)
         self.mixing = Mixing(config)
 
     def forward(self, unit: Tensor, descriptors: Tensor, positions: Tensor | None) -> Tensor:

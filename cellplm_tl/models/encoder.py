@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .attention import FlowAttention, Sums
 from .config import CellPLMConfig
 from .embedder import NORM_EPSILON, make_norm
+from .linear import Linear
 
 FlowBlock = tuple[Tensor, Tensor, Tensor, Tensor]  # u (cells, hidden) and its q, k, v
 
@@ -30,10 +31,10 @@ class FlowLayer(nn.Module):
         self.attention = FlowAttention(hidden, config.heads)
         self.attention_dropout = nn.Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(hidden, NORM_EPSILON)
-        self.widen = nn.Linear(hidden, 2 * hidden)
+        self.widen = Linear(hidden, 2 * hidden)
         self.activation = nn.GELU()
         self.widen_dropout = nn.Dropout(config.dropout)
-        self.narrow = nn.Linear(2 * hidden, hidden)
+        self.narrow = Linear(2 * hidden, hidden)
         self.narrow_dropout = nn.Dropout(config.dropout)
 
     def begin(self, u: Tensor) -> FlowBlock:
@@ -58,7 +59,7 @@ class MLPLayer(nn.Module):
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        self.linear = nn.Linear(config.hidden, config.hidden)
+        self.linear = Linear(config.hidden, config.hidden)
         self.activation = nn.PReLU()
         self.dropout = nn.Dropout(config.dropout)
         self.norm = make_norm(config, config.hidden)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CellPLMConfig
+from .linear import Linear, linear
 
 LOG_VARIANCE_BOUND = 5.0  # of the released vae
 VARIANCE_FLOOR = 1e-4  # added to exp(log variance) in the released vae
@@ -57,8 +58,8 @@ class GaussianLatent(nn.Module):
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        self.mean = nn.Linear(config.hidden, config.latent_size)
-        self.log_variance = nn.Linear(config.hidden, config.latent_size)
+        self.mean = Linear(config.hidden, config.latent_size)
+        self.log_variance = Linear(config.hidden, config.latent_size)
 
     def forward(self, h: Tensor, start: Tensor | None = None) -> Posterior:
         """(cells, hidden) → posterior; `start` (cells, latent) is added to the mean."""
@@ -83,7 +84,7 @@ class MixtureLatent(GaussianLatent):
     def __init__(self, config: CellPLMConfig):
         super().__init__(config)
         components, latent = config.components, config.latent_size
-        self.assign = nn.Linear(latent, components)  # f_pi: z → logits of q(y|z)
+        self.assign = Linear(latent, components)  # f_pi: z → logits of q(y|z)
         self.prior_mean = nn.Parameter(torch.randn(components, latent) * PRIOR_STD)
         self.prior_log_variance = nn.Parameter(torch.zeros(components, latent))
 
@@ -143,12 +144,12 @@ class MixtureReleaseLatent(nn.Module):
     def __init__(self, config: CellPLMConfig):
         super().__init__()
         hidden, latent, components = config.hidden, config.latent_size, config.components
-        self.logits = nn.Linear(hidden, components)
-        self.join = nn.Linear(hidden + components, RELEASE_HIDDEN)
-        self.mean = nn.Linear(RELEASE_HIDDEN, latent)
-        self.variance = nn.Linear(RELEASE_HIDDEN, latent)
-        self.prior_mean = nn.Linear(components, latent)
-        self.prior_variance = nn.Linear(components, latent)
+        self.logits = Linear(hidden, components)
+        self.join = Linear(hidden + components, RELEASE_HIDDEN)
+        self.mean = Linear(RELEASE_HIDDEN, latent)
+        self.variance = Linear(RELEASE_HIDDEN, latent)
+        self.prior_mean = Linear(components, latent)
+        self.prior_variance = Linear(components, latent)
 
     def forward(
         self, h: Tensor, start: Tensor | None = None, uniform: Tensor | None = None
@@ -173,7 +174,7 @@ class MixtureReleaseLatent(nn.Module):
     def _expected(self, h: Tensor, logits: Tensor) -> Posterior:
         y = logits.softmax(1)
         from_h, from_y = self.join.weight.split((h.shape[1], y.shape[1]), 1)
-        base = F.linear(h, from_h, self.join.bias)  # (cells, 512)
+        base = linear(h, from_h, self.join.bias)  # (cells, 512)
         # mu is affine in t, so the mean of mu(t) over y is mu of the mean of t.
         t = torch.zeros_like(base)
         for k in range(y.shape[1]):
@@ -212,8 +213,8 @@ class PlainLatent(nn.Module):
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        linear = config.latent == "linear"
-        self.linear = nn.Linear(config.hidden, config.latent_size) if linear else nn.Identity()
+        has_linear = config.latent == "linear"
+        self.linear = Linear(config.hidden, config.latent_size) if has_linear else nn.Identity()
 
     def forward(self, h: Tensor, start: Tensor | None = None) -> Posterior:
         """(cells, hidden) → (cells, latent); `start` is added to a linear layer's result."""
