@@ -5,7 +5,22 @@ its values are and leads back to counts, :mod:`.columns` matches columns to gene
 reads contexts and coordinates; :mod:`.read` puts them together, :mod:`.write` is the way back.
 """
 
-from cellplm_tl._anndata.read import Cells, CountBlock, read_cells
-from cellplm_tl._anndata.write import build_record, check_keys, write_slots
+from cellplm_tl._anndata.read import (
+    Cells,
+    CountBlock,
+    read_cells,
+    read_gene_counts,
+    read_gene_names,
+)
+from cellplm_tl._anndata.write import build_record, check_slots, write_slots
 
-__all__ = ["Cells", "CountBlock", "build_record", "check_keys", "read_cells", "write_slots"]
+__all__ = [
+    "Cells",
+    "CountBlock",
+    "build_record",
+    "check_slots",
+    "read_cells",
+    "read_gene_counts",
+    "read_gene_names",
+    "write_slots",
+]

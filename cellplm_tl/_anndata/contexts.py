@@ -78,7 +78,7 @@ def _problem(coordinates: NDArray, obs_names: pd.Index) -> str | None:
         )
     if coordinates.dtype.kind not in "biuf":
         return f"must hold numbers; its type is {coordinates.dtype}."
-    is_bad: NDArray = ~np.isfinite(coordinates.astype(np.float64)).all(axis=1)
+    is_bad = np.any(~np.isfinite(coordinates.astype(np.float64)), axis=1)
     if is_bad.any():
         return (
             f"is NaN or infinite for {name_rows(obs_names, is_bad)}. Leave these cells out, or "

@@ -12,15 +12,18 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cellplm_tl._anndata.columns import Columns, check_coverage, check_genes, match_columns
+from cellplm_tl._anndata.columns import Columns, match_columns
 from cellplm_tl._anndata.contexts import name_rows, read_contexts, read_coordinates
 from cellplm_tl._anndata.matrix import Matrix, Rows, open_matrix
 from cellplm_tl._anndata.state import State, find_state
 from cellplm_tl._errors import CountsError, CountsWarning, SlotError, check_is_anndata
+from cellplm_tl._genes import check_coverage, check_names, choose_gene_names
 from cellplm_tl._settings import logger
 
 # Cells in which the state of the input and the coverage of the counts are found.
 SAMPLE_CELLS = 512
+# What genes of the data are matched with, in words.
+WANTED = "genes of the model"
 
 
 class CountBlock(NamedTuple):
@@ -75,12 +78,12 @@ class Cells:
     _state: State = field(repr=False)
     _columns: Columns = field(repr=False)
     _obs_names: pd.Index = field(repr=False)
-    _is_scaled: NDArray[np.bool_] = field(repr=False)  # (cells,) set where no counts were found
+    _lacks_counts: NDArray[np.bool_] = field(repr=False)  # (cells,) set as they are read
 
     @property
-    def n_scaled(self) -> int:
-        """How many of the cells read so far had no counts to recover, and were scaled."""
-        return int(self._is_scaled.sum())
+    def n_without_counts(self) -> int:
+        """How many cells read so far hold no integers, although the state promises them."""
+        return int(self._lacks_counts.sum())
 
     def counts(self, rows: Rows) -> CountBlock:
         """Give the counts of some cells.
@@ -100,36 +103,43 @@ class Cells:
         CountsError
             A value is NaN, infinite or negative. (Of matrices in memory, all values were looked at
             before.)
+
+        Warns
+        -----
+        CountsWarning
+            Cells hold no counts although those that the state was found from do; once.
         """
-        if isinstance(rows, slice):
-            rows = slice(*rows.indices(self.n_cells))
+        rows = _as_slice(rows, self.n_cells)
         block = self._matrix.rows(rows)
         if not self._matrix.in_memory:
             _check_values(block.data, rows, self._matrix, self._obs_names)
         block = _without_zeros(block)
         values, has_counts = self._state.to_counts(block.data, block.indptr)
-        self._note_scaled(rows, has_counts)
+        if self._state.promises_counts and not has_counts.all():
+            self._note(rows, ~has_counts)
         block = sp.csr_matrix((values, block.indices, block.indptr), block.shape, copy=False)
         library_size = _library_size(block, self._columns.is_resolved)
         block = _select(block, self._columns)
         return CountBlock(block.data, block.indices, block.indptr, library_size)
 
-    def _note_scaled(self, rows: Rows, has_counts: NDArray[np.bool_]) -> None:
-        if self._state.way != "recovered" or has_counts.all():
+    def _note(self, rows: Rows, lacks_counts: NDArray[np.bool_]) -> None:
+        is_first = not self._lacks_counts.any()
+        self._lacks_counts[rows] = lacks_counts
+        if not is_first:
             return
-        if not self._is_scaled.any():
-            row_numbers = np.arange(self.n_cells)[rows]
-            is_scaled = np.zeros(self.n_cells, dtype=bool)
-            is_scaled[row_numbers[~has_counts]] = True
-            warnings.warn(
-                f"No counts can be recovered for {name_rows(self._obs_names, is_scaled)} and maybe "
-                "more: their values are no multiples of one step, as those of other cells are. "
-                "They are scaled as the median cell is. Pass raw counts with layer='…' if you "
-                "have them.",
-                CountsWarning,
-                stacklevel=3,
+        if self._state.way == "recovered":
+            what = (
+                "no multiples of one step, as those of other cells are: scaled as the median cell"
             )
-        self._is_scaled[rows] = ~has_counts
+        else:
+            what = "no integers, as those of other cells are: used as they stand"
+        warnings.warn(
+            f"adata.{self._matrix.where} has values in "
+            f"{name_rows(self._obs_names, self._lacks_counts)} (and maybe more) which are {what}. "
+            "Are raw and processed cells mixed? Pass raw counts with layer='…' if you have them.",
+            CountsWarning,
+            stacklevel=3,
+        )
 
 
 def read_cells(
@@ -194,10 +204,11 @@ def read_cells(
     contexts, context_names = read_contexts(adata.obs, batch_key)
     coordinates = read_coordinates(adata, spatial_key, need_coordinates)
     columns = match_columns(adata.var, genes, gene_key)
-    check_genes(columns, len(genes))
-    matrix, state, remarks = _choose_matrix(adata, layer)
-    coverage, n_sampled = _coverage(matrix, state, columns)
-    check_coverage(columns, coverage)
+    judged = columns.names, columns.is_selected, columns.where
+    check_names(*judged, wanted=WANTED)
+    found, remarks = _choose_matrix(adata, layer)
+    matrix, state = found.matrix, found.state
+    coverage = check_coverage(*judged, found.sum_columns(), wanted=WANTED)
     _say(matrix, state, columns)
     slots_read = [matrix.where]
     slots_read += [] if batch_key is None else [f"obs[{batch_key!r}]"]
@@ -214,7 +225,7 @@ def read_cells(
             "kind": state.kind,
             "read_from": matrix.where,
             "counts": state.way,
-            "n_cells_sampled": n_sampled,
+            "n_cells_sampled": found.sample.shape[0],
             **({} if state.transform == "none" else {"transform": state.transform}),
             **state.facts,
             **remarks,
@@ -225,51 +236,82 @@ def read_cells(
         _state=state,
         _columns=columns,
         _obs_names=adata.obs_names,
-        _is_scaled=np.zeros(adata.n_obs, dtype=bool),
+        _lacks_counts=np.zeros(adata.n_obs, dtype=bool),
     )
+
+
+def read_gene_names(adata: Any, gene_key: str | None) -> tuple[NDArray[np.object_], str]:
+    """Read what the genes are called and where that stands, as :func:`choose_gene_names` does."""
+    check_is_anndata(adata)
+    return choose_gene_names(adata.var, gene_key)
+
+
+def read_gene_counts(adata: Any) -> NDArray[np.float64] | None:
+    """Sum the counts of each column over a sample of cells; None where there are no counts."""
+    try:
+        found, _ = _choose_matrix(adata, None)
+    except CountsError:
+        return None
+    return found.sum_columns()
 
 
 # ------------------------------------------------------------------------ which matrix, which state
 
 
-def _choose_matrix(adata: Any, layer: str | None) -> tuple[Matrix, State, dict[str, Any]]:
-    """Open the matrix to be read and find its state, with remarks for the record."""
+class _Found(NamedTuple):
+    matrix: Matrix
+    state: State
+    sample: sp.csr_matrix  # rows of the matrix, as stored, without zeros
+
+    def sum_columns(self) -> NDArray[np.float64]:
+        """Sum the counts of each column over the sample."""
+        counts, _ = self.state.to_counts(self.sample.data, self.sample.indptr)
+        return np.bincount(self.sample.indices, counts, self.sample.shape[1]).astype(np.float64)
+
+
+def _choose_matrix(adata: Any, layer: str | None) -> tuple[_Found, dict[str, Any]]:
+    """Open the matrix to be read and find its state; with remarks for the record."""
     if layer is not None or "counts" not in adata.layers:
-        return *_examine(adata, layer), {}
+        return _examine(adata, layer), {}
+    problem = None
     try:
-        matrix, state = _examine(adata, None)
-        found = state.kind
+        found = _examine(adata, None)
     except CountsError as error:
-        problem: CountsError | None = error
-        found = "no counts"
+        problem = error
     else:
-        if state.way == "as stored" and not state.facts:
-            return matrix, state, {}
-        problem = None
+        if _is_raw(found.state):
+            return found, {}
     try:
-        counts, counts_state = _examine(adata, "counts")
+        counts = _examine(adata, "counts")
     except CountsError:
-        counts_state = None
-    if counts_state is not None and counts_state.way == "as stored" and not counts_state.facts:
-        return counts, counts_state, {"state_of_X": found}
+        pass  # the layer is not what its name says; what is wrong with X is what to report
+    else:
+        if _is_raw(counts.state):
+            state_of_x = found.state.kind if problem is None else "no counts"
+            return counts, {"state_of_X": state_of_x}
     if problem is not None:
         raise problem
-    return matrix, state, {"state_of_layers_counts": "no raw counts either"}
+    return found, {"layers_counts": "left alone: it holds no raw counts"}
 
 
-def _examine(adata: Any, layer: str | None) -> tuple[Matrix, State]:
+def _is_raw(state: State) -> bool:
+    return state.way == "as stored" and state.promises_counts
+
+
+def _examine(adata: Any, layer: str | None) -> _Found:
+    """Open a matrix, look for what cannot be used, and find the state of the rest."""
     matrix = open_matrix(adata, layer)
+    sampled = matrix.sample(SAMPLE_CELLS)
     try:
         if matrix.in_memory:
             for rows, values in matrix.blocks():
                 _check_values(values, rows, matrix, adata.obs_names)
-        sampled = matrix.sample(SAMPLE_CELLS)
         sample = matrix.rows(sampled)
         _check_values(sample.data, sampled, matrix, adata.obs_names)
     except CountsError as error:
         raise CountsError(f"{error} {_advice(adata, layer)}") from None
     sample = _without_zeros(sample)
-    return matrix, find_state(sample.data, sample.indptr)
+    return _Found(matrix, find_state(sample.data, sample.indptr), sample)
 
 
 def _check_values(values: NDArray, rows: Rows, matrix: Matrix, obs_names: pd.Index) -> None:
@@ -305,18 +347,6 @@ def _advice(adata: Any, layer: str | None) -> str:
     return f"CellPLM needs raw counts, or their log1p: {'; or '.join(places)}."
 
 
-def _coverage(matrix: Matrix, state: State, columns: Columns) -> tuple[float, int]:
-    """Share of the counts that the matched genes hold in a sample, and the cells of the sample."""
-    rows = matrix.sample(SAMPLE_CELLS)
-    sample = _without_zeros(matrix.rows(rows))
-    counts, _ = state.to_counts(sample.data, sample.indptr)
-    is_selected = np.zeros(matrix.shape[1], dtype=bool)
-    is_selected[columns.selected] = True
-    total = counts.sum(dtype=np.float64)
-    matched = counts[is_selected[sample.indices]].sum(dtype=np.float64)
-    return float(matched / total) if total else 1.0, len(rows)
-
-
 def _say(matrix: Matrix, state: State, columns: Columns) -> None:
     """Log or warn about what is not as it should be; silence for raw counts in X."""
     if "lost" in state.facts:
@@ -324,7 +354,7 @@ def _say(matrix: Matrix, state: State, columns: Columns) -> None:
             f"adata.{matrix.where} holds no raw counts ({state.kind}; {state.way}): "
             f"{state.facts['lost']}. Pass raw counts with layer='…' if you have them.",
             CountsWarning,
-            stacklevel=4,
+            stacklevel=4,  # the line that called the tool
         )
     elif state.way == "recovered":
         logger.info(
@@ -332,12 +362,21 @@ def _say(matrix: Matrix, state: State, columns: Columns) -> None:
         )
     if matrix.where == "layers['counts']":
         logger.info("Counts are read from adata.layers['counts'].")
-    n_summed = len(columns.selected) - len(columns.genes)
-    if n_summed:
-        logger.info("%d columns are of genes that have another column: summed.", n_summed)
+    if columns.n_summed:
+        logger.info("%d columns are of genes that have another column: summed.", columns.n_summed)
 
 
 # ---------------------------------------------------------------------------------------- one block
+
+
+def _as_slice(rows: Rows, n_cells: int) -> Rows:
+    """Give neighbouring rows as a slice, which needs no copy."""
+    if isinstance(rows, slice):
+        return slice(*rows.indices(n_cells))
+    rows = np.asarray(rows, dtype=np.int64)
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return slice(rows[0], rows[-1] + 1)
+    return rows
 
 
 def _without_zeros(block: sp.csr_matrix) -> sp.csr_matrix:
@@ -372,7 +411,7 @@ def _select(block: sp.csr_matrix, columns: Columns) -> sp.csr_matrix:
         # Through CSC and back: it sorts in linear time, which sort_indices does not.
         part = block.tocsc()[:, selected].tocsr()
     shape = (block.shape[0], len(columns.genes))
-    if len(selected) > len(columns.genes):
+    if columns.n_summed:
         part = sp.csr_matrix((part.data, gene_of[part.indices], part.indptr), shape)
         part.sum_duplicates()
     elif not part.has_sorted_indices:

@@ -92,6 +92,11 @@ class State:
     scale: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def promises_counts(self) -> bool:
+        """Whether integers are expected of every cell."""
+        return self.way == "recovered" or (self.way == "as stored" and not self.facts)
+
     def to_counts(
         self, values: NDArray, offsets: NDArray
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -109,11 +114,16 @@ class State:
         counts : numpy.ndarray
             Shape ``(entries,)``; integers for every cell that has counts.
         has_counts : numpy.ndarray
-            Whether a cell's counts are exact, shape ``(cells,)``; false for one that was scaled.
+            Whether a cell's counts are integers, shape ``(cells,)``; false for one that could
+            only be scaled.
         """
         n_cells = len(offsets) - 1
         if self.way == "as stored":
-            return values.astype(np.float32, copy=False), np.ones(n_cells, dtype=bool)
+            is_integer = _are_integers(values)
+            has_counts = np.ones(n_cells, dtype=bool)
+            if not is_integer.all():
+                has_counts = _per_cell(np.add, ~is_integer, offsets, 0.0) == 0
+            return values.astype(np.float32, copy=False), has_counts
         x, error = _undo(values, self.transform, self.precision)
         if self.way == "inverted":
             return (x * self.scale).astype(np.float32), np.zeros(n_cells, dtype=bool)
@@ -189,14 +199,14 @@ def _recoverable(
     facts: dict[str, Any] = {
         "on_grid_share": share,
         "exact_share": float(is_exact.mean()),
-        "total": float(np.median(_totals(x, offsets))),
+        "median_total": float(np.median(_totals(x, offsets))),
     }
     if not is_exact.all():
         facts["lost"] = (
-            f"{1 - is_exact.mean():.2%} of the values are counts too large for the precision of "
-            "storage; they are known to the nearest few"
+            f"{(~is_exact).sum():,} of {len(is_exact):,} values looked at are counts too large for "
+            "the precision of storage; they are known to the nearest few"
         )
-    scale = float(1.0 / np.median(grid.step[grid.fits]))
+    scale = float(1.0 / np.nanmedian(grid.step[grid.fits]))
     facts |= _tolerance(precision)
     return State(_kind(transform), "recovered", transform, precision, scale, facts)
 
@@ -207,7 +217,7 @@ def _not_recoverable(
     total = float(np.median(_totals(_undo(values, transform, precision)[0], offsets)))
     facts: dict[str, Any] = {
         "chosen_because": because,
-        "total": total,
+        "median_total": total,
         "scaled_to_total": NOMINAL_TOTAL,
         "lost": (
             "the library sizes and the integers; values are scaled so that the median cell has "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
@@ -67,8 +67,8 @@ def build_record(
         that have no slash. Sequences are arrays.
     """
     state = dict(cells.input_state)
-    if cells.n_scaled:
-        state["n_cells_scaled"] = cells.n_scaled
+    if cells.n_without_counts:
+        state["n_cells_without_counts"] = cells.n_without_counts
     record = {
         "tool": tool,
         "package_version": version("cellplm_tl"),
@@ -84,7 +84,7 @@ def build_record(
         },
         "device": str(device),
         "precision": precision,
-        "random_state": None if random_state is None else _described(random_state),
+        "random_state": _described(random_state),
         "seconds": float(seconds),
         **findings,
     }
@@ -92,14 +92,15 @@ def build_record(
 
 
 def _described(value: Any) -> Any:
-    """Give an argument as something that can be kept: data and generators by a description."""
+    """Give an argument as something that can be kept: others than data by their type."""
     if isinstance(value, AnnData):
         return f"AnnData {value.n_obs} × {value.n_vars}"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return str(value)
-    if isinstance(value, np.random.Generator | np.random.RandomState):
+    try:
+        return _plain(value, "argument")
+    except TypeError:
         return type(value).__name__
-    return value
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -129,11 +130,15 @@ def _plain(value: Any, name: str) -> Any:
 # --------------------------------------------------------------------------------------- the slots
 
 
-def check_keys(slots: Any, slots_read: Any = ()) -> None:
-    """Raise unless the slots can be written; to be asked before anything is computed.
+def check_slots(
+    adata: AnnData, slots: Iterable[tuple[str, str]], slots_read: Sequence[str] = ()
+) -> None:
+    """Raise unless slots can be written; to be asked before anything is computed.
 
     Parameters
     ----------
+    adata
+        Where to write.
     slots
         Pairs like ``("obsm", "X_cellplm")``.
     slots_read
@@ -142,8 +147,16 @@ def check_keys(slots: Any, slots_read: Any = ()) -> None:
     Raises
     ------
     SlotError
-        A key is no text, is empty, has a slash (h5ad cannot keep it), or is that of an input.
+        A key is no text, is empty, has a slash (h5ad cannot keep it), or is that of an input; or
+        ``uns["cellplm"]``, where records go, is no dict.
+    InputError
+        `adata` is a view of a file.
     """
+    if adata.is_view and adata.isbacked:
+        raise InputError(
+            "adata is a view of a backed file, to which nothing can be written. Pass "
+            "adata.to_memory(), or the whole."
+        )
     for attribute, key in slots:
         if not isinstance(key, str) or not key or "/" in key:
             raise SlotError(
@@ -155,6 +168,12 @@ def check_keys(slots: Any, slots_read: Any = ()) -> None:
                 f"adata.{attribute}[{key!r}] is an input of this call and would be overwritten. "
                 "Choose another key_added."
             )
+    records = adata.uns.get(RECORDS, {})
+    if not isinstance(records, Mapping):
+        raise SlotError(
+            f"adata.uns[{RECORDS!r}] must be a dict of records; it is a {type(records).__name__}. "
+            "Move it to another key."
+        )
 
 
 def write_slots(
@@ -180,20 +199,14 @@ def write_slots(
     Raises
     ------
     SlotError
-        A key cannot be written (see :func:`check_keys`), or ``uns["cellplm"]`` is no dict.
+        A key cannot be written (see :func:`check_slots`).
     InputError
-        A value has another shape than its slot.
+        A value has another shape than its slot; or `adata` is a view of a file.
     """
-    check_keys([*slots, ("uns", key_added)], record.get("slots_read", ()))
+    check_slots(adata, [*slots, ("uns", key_added)], record.get("slots_read", ()))
     for (attribute, key), value in slots.items():
         _check_shape(adata, attribute, key, value)
-    records = adata.uns.get(RECORDS, {})
-    if not isinstance(records, Mapping):
-        raise SlotError(
-            f"adata.uns[{RECORDS!r}] must be a dict of records; it is a {type(records).__name__}. "
-            "Move it to another key."
-        )
-    records = {**records, key_added: record}
+    records = {**adata.uns.get(RECORDS, {}), key_added: record}
     with _all_or_nothing(adata) as target:
         for (attribute, key), value in slots.items():
             target.set(attribute, key, value)

@@ -7,8 +7,7 @@ from importlib.metadata import version
 import numpy as np
 from anndata import AnnData
 
-from cellplm_tl._anndata import check_slots, write_slots
-from cellplm_tl._anndata.genes import read_gene_counts, read_gene_names
+from cellplm_tl._anndata import check_slots, read_gene_counts, read_gene_names, write_slots
 from cellplm_tl._genes import Resolution, check_coverage, check_names, resolve, unmatched
 from cellplm_tl._settings import logger
 
