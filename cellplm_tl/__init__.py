@@ -1,6 +1,6 @@
 """CellPLM for scanpy users: a transformer whose tokens are cells, on AnnData."""
 
-from cellplm_tl import _weights, metrics, models, pp, tl
+from cellplm_tl import _weights, metrics, models, pp, tl, train
 from cellplm_tl._errors import CellPLMError, CellPLMWarning
 from cellplm_tl._settings import settings
 
@@ -15,6 +15,7 @@ __all__ = [
     "pp",
     "settings",
     "tl",
+    "train",
 ]
 
 # To users, networks and the files they come in are one thing; models/ itself knows no files.
