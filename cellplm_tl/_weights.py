@@ -1,9 +1,9 @@
 """The only file that opens weights: ours, the released layouts, and where they are looked for.
 
-A model of this package is a directory: `model.safetensors` (tensors, float32 or float16), `config.json`
-(architecture, genes, provenance, sha256) and `card.md`. Its identity is the sha256 of the weights. A
-model may leave tensors to another model of the package (`"shared"` in its config), so that a spectrum
-that two models use is stored once; saved elsewhere it is whole.
+A model of this package is a directory: `model.safetensors` (tensors, float32 or float16),
+`config.json` (architecture, genes, provenance, sha256) and `card.md`. Its identity is the sha256 of
+the weights. A model may leave tensors to another model of the package (`"shared"` in its config),
+so that a spectrum that two models use is stored once; saved elsewhere it is whole.
 
 A released checkpoint is `<prefix>.best.ckpt` with `<prefix>.config.json`. It is read with
 `weights_only=True`: no code runs from the file.
@@ -17,8 +17,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._errors import ModelNotFoundError, WeightsError
+from ._errors import ModelNotFoundError, WeightsError, check_option
 from ._settings import logger, settings
 from .models import CellPLM, CellPLMConfig
 from .models.network import count_parameters
@@ -113,9 +114,9 @@ KNOWN: dict[str, Known] = {
 def load(name_or_path: str | os.PathLike[str]) -> Model:
     """Load a model by path or name, and check every tensor.
 
-    Looked for in this order: a path (our directory, a `.best.ckpt` file, or the prefix of one); a model
-    inside the package; a name under `settings.weights_dir`; a known model with an address and a hash,
-    which is downloaded there.
+    Looked for in this order: a path (our directory, a `.best.ckpt` file, or the prefix of one); a
+    model inside the package; a name under `settings.weights_dir`; a known model with an address and
+    a hash, which is downloaded there.
 
     Parameters
     ----------
@@ -140,9 +141,10 @@ def load(name_or_path: str | os.PathLike[str]) -> Model:
 
     Notes
     -----
-    The released positional encoding has no effect in the release's own code, so its tensors (and the
-    unused `norm0`) are known to be unused and left out; every other tensor must be used. The released
-    mixture draws its component at random even when it predicts; here its expectation is taken.
+    The released positional encoding has no effect in the release's own code, so its tensors (and
+    the unused `norm0`) are known to be unused and left out; every other tensor must be used. The
+    released mixture draws its component at random even when it predicts; here its expectation is
+    taken.
 
     Examples
     --------
@@ -153,7 +155,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Model:
     for candidate in _candidates(name_or_path):
         if (candidate / CONFIG).is_file():
             return _load_directory(candidate)
-        for checkpoint in (candidate, candidate.with_name(candidate.name + RELEASE_WEIGHTS)):
+        for checkpoint in (candidate, Path(f"{candidate}{RELEASE_WEIGHTS}")):
             if checkpoint.is_file() and checkpoint.name.endswith(".ckpt"):
                 return _load_release(checkpoint)
     name = os.fspath(name_or_path)
@@ -187,7 +189,7 @@ def save(
     card : str, optional
         Text of `card.md`.
     dtype : {"float32", "float16"}
-        Of the stored floating-point tensors.
+        Of the stored matrices; vectors are always float32.
     overwrite : bool
         Replace the three files in a directory that exists. Other files there are left alone.
 
@@ -198,8 +200,12 @@ def save(
 
     Raises
     ------
+    OptionError
+        `dtype` is neither of the two.
     FileExistsError
         The path exists, and `overwrite` is False.
+    WeightsError
+        A value is too large for float16.
 
     Examples
     --------
@@ -210,6 +216,7 @@ def save(
     ...     cp.models.load(path).name
     'copy'
     """
+    check_option("dtype", dtype, ("float32", "float16"))
     path = Path(path)
     network = model.network if isinstance(model, Model) else model
     if provenance is None:
@@ -225,9 +232,9 @@ def available() -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per model, indexed by name: `parameters` (stored values), `genes`, `source`, `licence`,
-        `sha256` (of the weights; empty where no file is here), `where` (`"package"`, a path, or what
-        is to be done).
+        One row per model, indexed by name: `parameters` (stored values), `genes`, `source`,
+        `licence`, `sha256` (of the weights; empty where no file is here), `where` (`"package"`, a
+        path, or what is to be done).
 
     Examples
     --------
@@ -238,7 +245,10 @@ def available() -> pd.DataFrame:
     rows: dict[str, dict[str, Any]] = {}
     for folder, where in ((PACKAGED, "package"), (settings.weights_dir, None)):
         for path in sorted(Path(folder).glob(f"*/{CONFIG}")):
-            config = _read_json(path)
+            try:
+                config = _read_config(path)
+            except WeightsError:
+                continue  # not a model of ours; `load` says what is wrong with it
             rows.setdefault(path.parent.name, _row(config, where or str(path.parent)))
     for name, known in KNOWN.items():
         path = Path(settings.weights_dir) / known.files[0]
@@ -284,10 +294,17 @@ def write_directory(
     """
     left_out = set(shared["tensors"]) if shared else set()
     tensors = {
-        name: tensor.detach().cpu().to(getattr(torch, dtype)).contiguous()
+        name: tensor.detach().cpu().to(getattr(torch, dtype if tensor.ndim > 1 else "float32"))
         for name, tensor in network.state_dict().items()
         if name not in left_out
     }
+    lost = [
+        name
+        for name, tensor in network.state_dict().items()
+        if name in tensors and not torch.equal(tensor.isfinite().cpu(), tensors[name].isfinite())
+    ]
+    if lost:
+        raise WeightsError(f"{', '.join(lost)}: values too large for {dtype}. Save as float32.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -317,11 +334,7 @@ def write_directory(
 
 
 def _load_directory(path: Path) -> Model:
-    config = _read_json(path / CONFIG)
-    if config.get("format") != FORMAT:
-        raise WeightsError(
-            f"{path / CONFIG} has format {config.get('format')!r}; this version reads {FORMAT}."
-        )
+    config = _read_config(path / CONFIG)
     weights = path / WEIGHTS
     if not weights.is_file():
         raise ModelNotFoundError(f"{path} has a {CONFIG} but no {WEIGHTS}.")
@@ -334,9 +347,22 @@ def _load_directory(path: Path) -> Model:
     tensors = dict(_tensors(weights))
     if config["shared"]:
         tensors |= _shared_tensors(config["shared"], path)
-    network = _build(config["architecture"], path)
+    network = _build(partial(CellPLMConfig.from_dict, config["architecture"]), path)
     _fill(network, tensors, weights)
     return Model(network.eval(), path.resolve().name, sha256, config["provenance"])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if config.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path} has format {config.get('format')!r}; this version reads {FORMAT}."
+        )
+    expected = ("sha256", "parameters", "shared", "provenance", "architecture")
+    missing = [key for key in expected if key not in config]
+    if missing:
+        raise WeightsError(f"{path} is not whole: it lacks {', '.join(missing)}.")
+    return config
 
 
 def _shared_tensors(shared: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -452,7 +478,10 @@ def _load_release(checkpoint: Path) -> Model:
     stored = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(stored, dict):
         raise WeightsError(f"{checkpoint} has no entry 'model_state_dict'.")
-    network = _build(release_config(values, config_path).to_dict(), config_path)
+    no_tensors = [str(name) for name, value in stored.items() if not isinstance(value, Tensor)]
+    if no_tensors:
+        raise WeightsError(f"{checkpoint}: no tensors are {', '.join(no_tensors)}.")
+    network = _build(partial(release_config, values, config_path), config_path)
     tensors = rename_release(stored)
     _fill(network, tensors, checkpoint)
     provenance = {"source": "OmicsML/CellPLM", "licence": "BSD-2-Clause", "format": "release"}
@@ -464,7 +493,7 @@ def release_config(values: dict[str, Any], path: Path) -> CellPLMConfig:
 
     def option(key: str, allowed: dict[Any, str], default: Any) -> str:
         found = values.get(key, default)
-        if found not in allowed:
+        if not isinstance(found, Hashable) or found not in allowed:
             raise WeightsError(
                 f"{path}: {key}={found!r} is not supported; known are "
                 f"{', '.join(map(repr, allowed))}."
@@ -528,9 +557,13 @@ def rename_release(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- shared steps ---------------------------------------------------------------------------------
 
 
-def _build(architecture: dict[str, Any], path: Path) -> CellPLM:
+def _build(make_config: Callable[[], CellPLMConfig], path: Path) -> CellPLM:
     try:
-        return CellPLM(CellPLMConfig.from_dict(architecture))
+        return CellPLM(make_config())
+    except WeightsError:
+        raise
+    except KeyError as error:
+        raise WeightsError(f"{path} does not describe a CellPLM network: no {error}.") from error
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{path} does not describe a CellPLM network: {error}") from error
 
@@ -593,6 +626,10 @@ def _download(known: Known) -> None:
             raise ModelNotFoundError(
                 f"{url} cannot be reached ({error}). Place the file as {file} under "
                 f"{settings.weights_dir} (cp.settings.weights_dir)."
+            ) from error
+        except ValueError as error:  # the hash
+            raise WeightsError(
+                f"{url} is not the file that was published: {error} Nothing of it was kept."
             ) from error
 
 

@@ -11,7 +11,9 @@ from .pretrain import PretrainConfig, pretrain
 def main() -> None:
     """Run the pretraining that a TOML file describes."""
     parser = argparse.ArgumentParser(prog="python -m cellplm_tl.train", description=main.__doc__)
-    parser.add_argument("--config", required=True, help="TOML file with the fields of PretrainConfig")
+    parser.add_argument(
+        "--config", required=True, help="TOML file with the fields of PretrainConfig"
+    )
     settings.verbosity = 1
     model = pretrain(PretrainConfig.from_toml(parser.parse_args().config))
     print(f"{model.name}: sha256 {model.sha256}")

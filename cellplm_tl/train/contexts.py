@@ -1,7 +1,7 @@
 """From Cells to a stream of training contexts: sampling, thinning, panels, masks.
 
-Everything random in step i comes from the seed and i alone, so that a run that was interrupted goes on
-as if it had not been.
+Everything random in step i comes from the seed and i alone, so that a run that was interrupted goes
+on as if it had not been.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Corruption:
     Parameters
     ----------
     thin : float
-        Share of the steps that split each cell's counts binomially into two halves, one to read and one
-        to predict; the others mask.
+        Share of the steps that split each cell's counts binomially into two halves, one to read and
+        one to predict; the others mask.
     cell_mask_rate, gene_mask_rate : float
         When masking: share of the cells, and of the genes in each of them (Table 5: 0.75, 0.25).
     panel : float
@@ -216,6 +216,4 @@ def _without_excess(
     share = np.minimum(1.0, max_library_size / np.maximum(block.library_size, 1))
     of_entry = np.repeat(np.arange(len(share)), np.diff(block.offsets))
     values = rng.binomial(np.rint(block.values).astype(np.int64), share[of_entry])
-    return block._replace(
-        values=values.astype(np.float32), library_size=block.library_size * share
-    )
+    return block._replace(values=values.astype(np.float32), library_size=block.library_size * share)

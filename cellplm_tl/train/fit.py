@@ -1,8 +1,8 @@
 """One loop for all training: optimiser, schedule, averaging, validation, early stop, resume, log.
 
-A step is a pure function of the weights, the optimiser's state and the step's number: everything random
-in it is drawn from the seed and that number. So the state to keep is small, and a run that was killed
-goes on to the same weights.
+A step is a pure function of the weights, the optimiser's state and the step's number: everything
+random in it is drawn from the seed and that number. So the state to keep is small, and a run that
+was killed goes on to the same weights.
 """
 
 from __future__ import annotations
@@ -168,8 +168,11 @@ class _Run:
             group["lr"] = self.config.rate(self.step)
         self.network.train()
         bf16 = self.config.precision == "bf16"
-        with _seeded(self.config.seed, self.step), torch.autocast(
-            next(iter(self.trained.values())).device.type, torch.bfloat16, enabled=bf16
+        with (
+            _seeded(self.config.seed, self.step),
+            torch.autocast(
+                next(iter(self.trained.values())).device.type, torch.bfloat16, enabled=bf16
+            ),
         ):
             terms = objective(self.network, self.step)
         values = {name: float(term.detach()) for name, term in terms.items()}

@@ -4,10 +4,11 @@ For a cell, with counts hidden from the network as targets:
 
     L = E_q(z|x~) [ log p(hidden counts | z) ] - KL_z - KL_y
 
-`KL_z` and `KL_y` come from the latent (see `models.latent`): for the mixture L_cond and L_Y of equation
-(12). All terms are in nats per cell, summed over genes. The bound is maximised, so the loss is its
-negative. The release holds both KL terms above a threshold with a maximum, which takes their gradient
-away (with its values the categorical term never acts); here they enter with a weight and keep it.
+`KL_z` and `KL_y` come from the latent (see `models.latent`): for the mixture L_cond and L_Y of
+equation (12). All terms are in nats per cell, summed over genes. The bound is maximised, so the
+loss is its negative. The release holds both KL terms above a threshold with a maximum, which takes
+their gradient away (with its values the categorical term never acts); here they enter with a weight
+and keep it.
 
 Axes: `cells`, `genes` (targets), `latent`.
 """
@@ -27,8 +28,8 @@ MIN_TOTAL = 1e-8
 def negative_binomial_nll(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
     """Negative log likelihood of counts, entry by entry.
 
-    With t counts, m mean, r inverse dispersion (variance m + m^2 / r): ln G(r) + ln G(t + 1) - ln G(t + r)
-    + (r + t) ln(1 + m / r) + t (ln r - ln m).
+    With t counts, m mean, r inverse dispersion (variance m + m^2 / r): ln G(r) + ln G(t + 1) - ln
+    G(t + r) + (r + t) ln(1 + m / r) + t (ln r - ln m).
 
     Parameters
     ----------

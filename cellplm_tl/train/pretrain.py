@@ -44,8 +44,8 @@ class PretrainConfig:
     start : str, optional
         Model whose spectrum and genes the network is built on (`embedder="spectrum"`).
     network : dict
-        Fields of :class:`CellPLMConfig` that differ from its defaults; `genes` come from `start`, or are
-        all genes that at least `min_files` files measure.
+        Fields of :class:`CellPLMConfig` that differ from its defaults; `genes` come from `start`,
+        or are all genes that at least `min_files` files measure.
     min_files : int
         See `network`.
     validation : tuple of str
@@ -114,9 +114,9 @@ class PretrainConfig:
 def pretrain(config: PretrainConfig) -> _weights.Model:
     """Train a network on a pool of files by the denoising variational bound (appendix D, E).
 
-    Each step draws one context of one file, hides a part of its counts (binomial halves, or the paper's
-    masks on 75 % of the cells and 25 % of their genes), and predicts what was hidden, over genes that
-    the file measures. A run that was interrupted goes on from its last saved state.
+    Each step draws one context of one file, hides a part of its counts (binomial halves, or the
+    paper's masks on 75 % of the cells and 25 % of their genes), and predicts what was hidden, over
+    genes that the file measures. A run that was interrupted goes on from its last saved state.
 
     Parameters
     ----------
@@ -148,8 +148,8 @@ def pretrain(config: PretrainConfig) -> _weights.Model:
     ...     adata.write_h5ad(f"{folder}/pbmc.h5ad")
     ...     model = cp.train.pretrain(cp.train.PretrainConfig(
     ...         files=(f"{folder}/pbmc.h5ad",), out=f"{folder}/model",
-    ...         network=dict(hidden=16, heads=2, encoder_layers=1, latent_size=8, decoder_hidden=16),
-    ...         train=cp.train.TrainConfig(steps=3)))
+    ...         network=dict(hidden=16, heads=2, encoder_layers=1, latent_size=8,
+    decoder_hidden=16), ...         train=cp.train.TrainConfig(steps=3)))
     >>> model.config.latent_size
     8
     """
@@ -195,7 +195,8 @@ def place_components(network: CellPLM, sources: Sequence[Source], config: Pretra
             draw_example(sources, whole, config.train.seed, FIRST_OF_START + number)
             for number in range(START_EXAMPLES)
         ]
-        means = torch.cat([network(e.counts, e.genes, e.coordinates).posterior.mean for e in examples])
+        means = torch.cat([network(e.counts, e.genes, e.coordinates).posterior.mean for e in
+        examples])
     seed = config.train.seed % 2**32
     clusters = KMeans(network.config.components, n_init=3, random_state=seed).fit(means.numpy())
     centres = torch.from_numpy(clusters.cluster_centers_)
@@ -224,7 +225,8 @@ def bound(
 def _panel(
     network: CellPLM, example: Example, sources: Sequence[Source], panels: dict[int, Any] | None
 ) -> Any:
-    """Return the embedder's panel from `panels` where it does not change: fixed spectrum, all genes."""
+    """Return the embedder's panel from `panels` where it does not change: fixed spectrum, all
+    genes."""
     whole = len(example.genes) == len(sources[example.source].cells.genes)
     if panels is None or network.config.embedder != "spectrum" or not whole:
         return None
@@ -262,15 +264,20 @@ def _terms(
     decoded = network.decode(z, example.target_genes, profile=profile)
     if decoded.theta is not None:
         decoded = decoded._replace(mean=decoded.mean.float())
-    terms = {"reconstruction": reconstruction(decoded, example.target, example.weights, example.target_total)}
-    terms |= network.latent.terms(encoded.posterior, z)
-    hidden = (example.target * example.weights).sum(1)
+    terms = {"reconstruction": reconstruction(decoded, example.target, example.weights,
+    example.target_total)}
+    terms
+    |=
+    network.latent.terms(encoded.posterior, z)
+    hidden = (example.target
+    * example.weights).sum(1)
     cell_weight = (hidden > 0) / (hidden + DEPTH_OFFSET)
     cell_weight = cell_weight / cell_weight.sum().clamp(min=1e-12)
-    weights = {name: warm * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
-    result = {name: (cell_weight * term.float()).sum() for name, term in terms.items()}
-    per_cell = sum(weights.get(name, 1.0) * term.float() for name, term in terms.items())
-    scale = 1 / (hidden + DEPTH_OFFSET)
+    weights = {name: warm
+    * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
+    result = {name: (cell_weight
+    * term.float()).sum() for name, term in terms.items()} per_cell = sum(weights.get(name, 1.0)
+    * term.float() for name, term in terms.items()) scale = 1 / (hidden + DEPTH_OFFSET)
     result["loss"] = (per_cell * scale * (hidden > 0)).mean()
     mean = decoded.mean if decoded.theta is not None else decoded.mean.expm1().clamp(min=0)
     baseline = profile if profile is not None else example.target.mean(0)

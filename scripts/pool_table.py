@@ -1,0 +1,33 @@
+"""The table of the pool's data sets that goes into model cards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def pool_table(readme: Path, names: list[str]) -> str:
+    """Read the pool's README and return a Markdown table of the sets, with source and licence."""
+    rows = {}
+    for line in readme.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name = cells[0].removesuffix(".h5ad")
+        if name in names and len(cells) >= 10:
+            source, study, licence = cells[7], cells[8], cells[9]
+            repository = re.split(r",\s", source)[0]
+            if re.match(r"none given|none", licence):
+                licence = re.sub(r"^none( given)?", "no licence seen", licence)
+            rows[name] = (
+                f"| {name} | {cells[1]} | {cells[3]} | {repository} | {study} | {licence} |"
+            )
+    missing = sorted(set(names) - set(rows))
+    if missing:
+        raise SystemExit(f"{readme} does not describe {missing}")
+    head = "| set | cells × genes | tissue, assay | source | study | licence (repository / data) |"
+    return "\n".join([head, "| --- " * 6 + "|", *(rows[name] for name in names)])
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(pool_table(Path(sys.argv[1]), sys.argv[2:]))
