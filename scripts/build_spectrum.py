@@ -12,8 +12,8 @@ The pool is a folder of h5ad files with raw human counts in ``X``. Axes: ``cells
 3. *Genes.* Coding, lncRNA and immune-receptor genes that at least 4 sets measure and that are seen
    in at least 1 % of the cells of one set.
 4. *Scale.* ``s²``: the mean, over the sets that measure a gene, of its variance within the set,
-   plus 0.001. The divisor is the *root* of the standard deviation, ``√s``: dividing by ``s`` would give
-   housekeeping and hardly expressed genes one weight.
+   plus 0.001. The divisor is the *root* of the standard deviation, ``√s``: dividing by ``s`` would
+   give housekeeping and hardly expressed genes one weight.
 5. *Rows.* ``x = clip((y − mean of the set) / √s, −5, 10)``, 0 for a gene that the set does not
    measure; every set weighs 1, whatever its number of cells (rows × cells of the set ^ −½).
 6. *Spectrum.* The first right singular vectors ``V (genes, factors)`` of all rows and
