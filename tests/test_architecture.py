@@ -24,7 +24,7 @@ FLOORS = [
     {"_weights"},
     {"_anndata"},
     {"_inference", "metrics"},
-    {"train"},
+    {"_rotation", "train"},
     {"pp", "tl", "pl"},
     {"__init__"},
 ]
