@@ -294,7 +294,9 @@ def write_directory(
     """
     left_out = set(shared["tensors"]) if shared else set()
     tensors = {
-        name: tensor.detach().cpu().to(getattr(torch, dtype if tensor.ndim > 1 else "float32"))
+        name: tensor.detach()
+        .to("cpu", torch.float16 if dtype == "float16" and tensor.ndim > 1 else torch.float32)
+        .contiguous()
         for name, tensor in network.state_dict().items()
         if name not in left_out
     }
@@ -341,8 +343,8 @@ def _load_directory(path: Path) -> Model:
     sha256 = _sha256(weights)
     if sha256 != config["sha256"]:
         raise WeightsError(
-            f"{weights} has sha256 {sha256[:12]}…, its config says {config['sha256'][:12]}…: the file "
-            "is damaged or belongs to another config. Copy both files again."
+            f"{weights} has sha256 {sha256[:12]}…, its config says {config['sha256'][:12]}…: "
+            "the file is damaged or belongs to another config. Copy both files again."
         )
     tensors = dict(_tensors(weights))
     if config["shared"]:
@@ -371,7 +373,8 @@ def _shared_tensors(shared: dict[str, Any], path: Path) -> dict[str, Tensor]:
     if not weights.is_file() or _sha256(weights) != shared["sha256"]:
         raise WeightsError(
             f"{path} shares tensors with the model {shared['model']!r} of another version of this "
-            "package. Install that version, load the model there and save it: a saved model is whole."
+            "package. Install that version, load the model there and save it: what is saved is "
+            "whole."
         )
     return {name: tensor for name, tensor in _tensors(weights) if name in shared["tensors"]}
 
@@ -604,8 +607,8 @@ def _not_found(name: str) -> str:
     if name in KNOWN:
         files = " and ".join(KNOWN[name].files)
         return (
-            f"The weights of {name!r} are not here. Fetch {files} from {KNOWN[name].source} and place "
-            f"them under {settings.weights_dir} (cp.settings.weights_dir), or pass the path."
+            f"The weights of {name!r} are not here. Fetch {files} from {KNOWN[name].source} and "
+            f"place them under {settings.weights_dir} (cp.settings.weights_dir), or pass the path."
         )
     names = ", ".join(map(repr, available().index))
     return (

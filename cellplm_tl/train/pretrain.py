@@ -148,8 +148,10 @@ def pretrain(config: PretrainConfig) -> _weights.Model:
     ...     adata.write_h5ad(f"{folder}/pbmc.h5ad")
     ...     model = cp.train.pretrain(cp.train.PretrainConfig(
     ...         files=(f"{folder}/pbmc.h5ad",), out=f"{folder}/model",
-    ...         network=dict(hidden=16, heads=2, encoder_layers=1, latent_size=8,
-    decoder_hidden=16), ...         train=cp.train.TrainConfig(steps=3)))
+    ...         network=dict(
+    ...             hidden=16, heads=2, encoder_layers=1, latent_size=8, decoder_hidden=16
+    ...         ),
+    ...         train=cp.train.TrainConfig(steps=3)))
     >>> model.config.latent_size
     8
     """
@@ -195,8 +197,9 @@ def place_components(network: CellPLM, sources: Sequence[Source], config: Pretra
             draw_example(sources, whole, config.train.seed, FIRST_OF_START + number)
             for number in range(START_EXAMPLES)
         ]
-        means = torch.cat([network(e.counts, e.genes, e.coordinates).posterior.mean for e in
-        examples])
+        means = torch.cat(
+            [network(e.counts, e.genes, e.coordinates).posterior.mean for e in examples]
+        )
     seed = config.train.seed % 2**32
     clusters = KMeans(network.config.components, n_init=3, random_state=seed).fit(means.numpy())
     centres = torch.from_numpy(clusters.cluster_centers_)
@@ -225,8 +228,7 @@ def bound(
 def _panel(
     network: CellPLM, example: Example, sources: Sequence[Source], panels: dict[int, Any] | None
 ) -> Any:
-    """Return the embedder's panel from `panels` where it does not change: fixed spectrum, all
-    genes."""
+    """Return the embedder's panel, from `panels` where it is the same in every step."""
     whole = len(example.genes) == len(sources[example.source].cells.genes)
     if panels is None or network.config.embedder != "spectrum" or not whole:
         return None
@@ -264,20 +266,19 @@ def _terms(
     decoded = network.decode(z, example.target_genes, profile=profile)
     if decoded.theta is not None:
         decoded = decoded._replace(mean=decoded.mean.float())
-    terms = {"reconstruction": reconstruction(decoded, example.target, example.weights,
-    example.target_total)}
-    terms
-    |=
-    network.latent.terms(encoded.posterior, z)
-    hidden = (example.target
-    * example.weights).sum(1)
+    terms = {
+        "reconstruction": reconstruction(
+            decoded, example.target, example.weights, example.target_total
+        )
+    }
+    terms |= network.latent.terms(encoded.posterior, z)
+    hidden = (example.target * example.weights).sum(1)
     cell_weight = (hidden > 0) / (hidden + DEPTH_OFFSET)
     cell_weight = cell_weight / cell_weight.sum().clamp(min=1e-12)
-    weights = {name: warm
-    * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
-    result = {name: (cell_weight
-    * term.float()).sum() for name, term in terms.items()} per_cell = sum(weights.get(name, 1.0)
-    * term.float() for name, term in terms.items()) scale = 1 / (hidden + DEPTH_OFFSET)
+    weights = {name: warm * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
+    result = {name: (cell_weight * term.float()).sum() for name, term in terms.items()}
+    per_cell = sum(weights.get(name, 1.0) * term.float() for name, term in terms.items())
+    scale = 1 / (hidden + DEPTH_OFFSET)
     result["loss"] = (per_cell * scale * (hidden > 0)).mean()
     mean = decoded.mean if decoded.theta is not None else decoded.mean.expm1().clamp(min=0)
     baseline = profile if profile is not None else example.target.mean(0)
@@ -348,7 +349,9 @@ def _check(config: PretrainConfig) -> None:
         raise OptionError("files is empty: name the h5ad files of the pool.")
     missing = [file for file in config.files if not Path(file).is_file()]
     if missing:
-        raise OptionError(f"{len(missing)} of {len(config.files)} files do not exist: {missing[:5]}.")
+        raise OptionError(
+            f"{len(missing)} of {len(config.files)} files do not exist: {missing[:5]}."
+        )
     unknown = set(config.validation) - {Path(file).stem for file in config.files}
     if unknown:
         raise OptionError(f"validation names files that are not in the pool: {sorted(unknown)}.")
