@@ -1,15 +1,17 @@
 """Flow attention, written as sums over a context.
 
-For one head, with queries q_i and keys k_i after the sigmoid, values v_i and n cells, three rounds of
-sums make everything that a cell needs to know of its context (docs/design.md, "A context is a sum"):
+For one head, with queries q_i and keys k_i after the sigmoid, values v_i and n cells, three rounds
+of sums make everything that a cell needs to know of its context (docs/design.md, "A context is a
+sum"):
 
 1. K = sum_j k_j, Q = sum_i q_i;
 2. K' = sum_j O_j k_j, Q' = sum_i I_i q_i with I_i = 1 / ((q_i + e) . (K + e)) and
    O_j = 1 / ((k_j + e) . (Q + e));
 3. Z = sum_j c_j, M = sum_j k_j (c_j v_j)^T with c_j = exp(clip((k_j + e) . (Q' + e), -1, 1)).
 
-The output of cell i is a_i I_i (n / Z) q_i^T M with a_i = sigmoid((q_i + e) . (K' + e)). A whole context
-in memory is the case of one block; inference adds the sums up over blocks, in the same code.
+The output of cell i is a_i I_i (n / Z) q_i^T M with a_i = sigmoid((q_i + e) . (K' + e)). A whole
+context in memory is the case of one block; inference adds the sums up over blocks, in the same
+code.
 
 Axes: `cells` (of a block), `heads`, `head_dim`, `hidden` = heads x head_dim.
 """
@@ -38,7 +40,7 @@ def _dot(cells: Tensor, total: Tensor) -> Tensor:
 
 
 class FlowAttention(nn.Module):
-    """Flow attention (Wu et al., 2022) in the form of the release: linear in the number of cells."""
+    """Flow attention (Wu et al., 2022) as the release has it: linear in the number of cells."""
 
     n_rounds = 3
 
@@ -59,7 +61,7 @@ class FlowAttention(nn.Module):
         return q, k, self.value(x).view(shape)
 
     def sums(self, number: int, block: Projected, context: Sums) -> Sums:
-        """Return what a block adds to round `number` (0, 1, 2), given the sums of the rounds before.
+        """Return what a block adds to round `number` (0, 1, 2), given the sums of earlier rounds.
 
         Round 0: n (), K, Q (heads, head_dim). Round 1: K', Q'. Round 2: Z (heads,), M (heads,
         head_dim, head_dim).

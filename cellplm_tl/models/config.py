@@ -1,8 +1,8 @@
 """Everything that shapes a network, in one frozen record.
 
-The same record covers the paper (Wen et al., ICLR 2024, sections B, D, E of its appendix), the layouts
-of the official release, the ablations of its Table 10 and the models of this package: parts are chosen
-here, once, and built once by the constructors; no `forward` branches on a variant.
+The same record covers the paper (Wen et al., ICLR 2024, sections B, D, E of its appendix), the
+layouts of the official release, the ablations of its Table 10 and the models of this package: parts
+are chosen here, once, and built once by the constructors; no `forward` branches on a variant.
 """
 
 from __future__ import annotations
@@ -54,18 +54,20 @@ class CellPLMConfig:
         Equation (8) of the appendix, with a learned placeholder for cells without coordinates; the
         released checkpoints are `"none"`, since their code never added it.
     encoder : {"flow", "mlp", "none"}
-        Flow attention over the context; the ablation "w/o transformer" of Table 10; or no network at
-        all, the factors of a spectrum alone.
+        Flow attention over the context; the ablation "w/o transformer" of Table 10; or no network
+        at all, the factors of a spectrum alone.
     hidden, encoder_layers, heads : int
         Width, depth and number of heads of the encoder (Table 5: 1024, 4; 8 in the release).
     dropout : float
         Rate in embedder, encoder, decoder and heads while training (Table 5: 0.2).
     norm : {"groupnorm", "layernorm"}
-        Normalisation in embedder and decoder; the encoder always has layer norms, as in the release.
+        Normalisation in embedder and decoder; the encoder always has layer norms, as in the
+        release.
     latent : {"mixture", "mixture_release", "gaussian", "linear", "none"}
-        `"mixture"`: appendix D, q(z|x) and q(y|z). `"mixture_release"`: the released `gmvae`, q(y|h)
-        and q(z|h, y). `"gaussian"`: the released `vae` and Table 10's "w/o mixture". `"linear"`: the
-        `ae` of the release's annotation. `"none"`: Table 10's "w/o latent distribution".
+        `"mixture"`: appendix D, q(z|x) and q(y|z). `"mixture_release"`: the released `gmvae`,
+        q(y|h) and q(z|h, y). `"gaussian"`: the released `vae` and Table 10's "w/o mixture".
+        `"linear"`: the `ae` of the release's annotation. `"none"`: Table 10's "w/o latent
+        distribution".
     latent_size, components : int
         Width of the latent (Table 5: 512) and number of mixture components (Table 5: 16).
     decoder : {"negative_binomial", "gaussian", "profile", "none"}

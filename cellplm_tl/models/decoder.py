@@ -1,7 +1,7 @@
 """From the latent back to genes: decoders with covariates, and the heads of fine-tuned models.
 
-All decoders share a trunk (hidden layers, each followed by the covariates) and end in a map to the genes
-that were asked for; no other gene is ever computed.
+All decoders share a trunk (hidden layers, each followed by the covariates) and end in a map to the
+genes that were asked for; no other gene is ever computed.
 
 Axes: `cells`, `latent`, `hidden` (the decoder's), `genes` (asked for).
 """
@@ -9,6 +9,7 @@ Axes: `cells`, `latent`, `hidden` (the decoder's), `genes` (asked for).
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ class ProfileDecoder(nn.Module):
 
 
 def _bounded_exp(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """exp(x) within bounds: same values as exp then clip, finite, and with a gradient everywhere."""
+    """exp(x) within bounds: the values of exp then clip, finite, with a gradient everywhere."""
     return clamp_through(x, math.log(bounds[0]), math.log(bounds[1])).exp()
 
 
@@ -193,9 +194,7 @@ class Head(nn.Module):
         super().__init__()
         layers = config.decoder_layers
         widths = [config.latent_size, *[config.decoder_hidden] * (layers - 1), config.head_outputs]
-        self.layers = nn.ModuleList(
-            Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, z: Tensor) -> Tensor:

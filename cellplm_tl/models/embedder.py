@@ -3,11 +3,11 @@
 Two embedders share the second half (positions, one mixing layer) and differ in the first:
 
 * `TableEmbedder` (paper, section 3; the release): e = log1p(counts) E, with a gene table E.
-* `SpectrumEmbedder` (this package): a factor model of lognorm expression whose loadings V are the fixed
-  spectrum of the pretraining pool. With y = log1p(counts per 10,000), m the mean of y over the context,
-  s the scale of a gene: x = clip((y - m) / s, -5, 10) and the posterior mean of the factors given the
-  measured genes alone is z = x V (V^T V / noise + 1 / eigenvalues)^-1 / noise. A gene that was not
-  measured takes no part; it is not a zero.
+* `SpectrumEmbedder` (this package): a factor model of lognorm expression whose loadings V are the
+  fixed spectrum of the pretraining pool. With y = log1p(counts per 10,000), m the mean of y over
+  the context, s the scale of a gene: x = clip((y - m) / s, -5, 10) and the posterior mean of the
+  factors given the measured genes alone is z = x V (V^T V / noise + 1 / eigenvalues)^-1 / noise. A
+  gene that was not measured takes no part; it is not a zero.
 
 Both are a map per cell and, for the spectrum, one sum over the context (n, sum of y, sum of the
 fractions), so that a context can be cut into blocks (docs/design.md, "A context is a sum").

@@ -1,8 +1,8 @@
 """Layers of the encoder: a map per cell, and for flow attention three sums over the context.
 
-Every layer is used in the same three steps, by training (one block: the whole context) and by inference
-(many blocks) alike: `begin` maps a block, `sums` says what the block adds to each of `n_rounds` sums over
-the context, `finish` maps the block again, given the sums.
+Every layer is used in the same three steps, by training (one block: the whole context) and by
+inference (many blocks) alike: `begin` maps a block, `sums` says what the block adds to each of
+`n_rounds` sums over the context, `finish` maps the block again, given the sums.
 
 Axes: `cells` (of a block), `hidden`.
 """

@@ -1,12 +1,13 @@
 """The latent distribution of a cell: Gaussian mixture, Gaussian, or none.
 
-`MixtureLatent` is appendix D, equations (9) to (12): q(z|x) = N(mu(h), sigma^2(h)), q(y|z), p(z|y) one
-Gaussian per component, p(y) uniform. `MixtureReleaseLatent` is the released `gmvae`, whose inference
-runs the other way: q(y|h), then q(z|h, y). `GaussianLatent` has the standard normal prior (the
-released `vae`; Table 10, "w/o Mixture of Gaussian"). `PlainLatent` has no distribution.
+`MixtureLatent` is appendix D, equations (9) to (12): q(z|x) = N(mu(h), sigma^2(h)), q(y|z), p(z|y)
+one Gaussian per component, p(y) uniform. `MixtureReleaseLatent` is the released `gmvae`, whose
+inference runs the other way: q(y|h), then q(z|h, y). `GaussianLatent` has the standard normal prior
+(the released `vae`; Table 10, "w/o Mixture of Gaussian"). `PlainLatent` has no distribution.
 
-Each module maps h (cells, hidden) to a `Posterior`, and `terms(posterior, z)` gives the Kullback-Leibler
-terms of the bound per cell, by name, without weights or thresholds (those belong to the objective).
+Each module maps h (cells, hidden) to a `Posterior`, and `terms(posterior, z)` gives the
+Kullback-Leibler terms of the bound per cell, by name, without weights or thresholds (those belong
+to the objective).
 
 Axes: `cells`, `hidden`, `latent`, `components`.
 """
@@ -95,8 +96,8 @@ class MixtureLatent(GaussianLatent):
     def place_components(self, centres: Tensor, variance: Tensor) -> None:
         """Start the prior from clusters of cells, and q(y|z) from Bayes' rule under that prior.
 
-        Components that start at random are won by the first of them that nears the data; clusters give
-        each a part of it.
+        Components that start at random are won by the first of them that nears the data; clusters
+        give each a part of it.
 
         Parameters
         ----------
@@ -137,8 +138,8 @@ class MixtureReleaseLatent(nn.Module):
     """The released gmvae: q(y|h) = softmax, q(z|h, y) = N(mu, var) through a hidden layer.
 
     The release draws y at random even when it predicts. Without noise this module returns the mean
-    over those draws, sum_k q(y = k|h) mu(h, k): deterministic, continuous in h, and the expectation of
-    what the release returns.
+    over those draws, sum_k q(y = k|h) mu(h, k): deterministic, continuous in h, and the expectation
+    of what the release returns.
     """
 
     def __init__(self, config: CellPLMConfig):
@@ -159,7 +160,8 @@ class MixtureReleaseLatent(nn.Module):
         Parameters
         ----------
         uniform : Tensor, shape (cells, components), optional
-            Uniform draws. While training y is the softmax of the perturbed logits, else their argmax.
+            Uniform draws. While training y is the softmax of the perturbed logits, else their
+            argmax.
         """
         logits = self.logits(h)
         if uniform is None:

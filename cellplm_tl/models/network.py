@@ -1,8 +1,8 @@
 """CellPLM: embedder → encoder → latent → decoder or head (Wen et al., ICLR 2024).
 
-The tokens are cells and a context (a tissue sample, a field of view) is the sentence: every cell sees the
-sums that flow attention takes over the cells of its context. The files of this folder are read in the
-order config, position, attention, embedder, encoder, latent, decoder, network.
+The tokens are cells and a context (a tissue sample, a field of view) is the sentence: every cell
+sees the sums that flow attention takes over the cells of its context. The files of this folder are
+read in the order config, position, attention, embedder, encoder, latent, decoder, network.
 
 | axis | meaning |
 | --- | --- |
@@ -30,7 +30,7 @@ from .encoder import make_encoder
 from .latent import LATENTS, Posterior
 from .position import grid_positions
 
-INITIAL_STD = 0.02  # of linear weights made for training from scratch
+INITIAL_STD = 0.02  # of covariate tables
 
 
 class Encoded(NamedTuple):
@@ -88,7 +88,7 @@ class CellPLM(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initial weights, where PyTorch's own are not wanted.
+        """Set initial weights, where PyTorch's own are not wanted.
 
         | what | value |
         | --- | --- |

@@ -43,8 +43,8 @@ def grid_positions(coordinates: Tensor) -> Tensor:
 class PositionalEncoding(nn.Module):
     """Add equation (8) to cells with coordinates and a learned vector to the others.
 
-    For channel pairs i in [0, hidden / 4): x at 2i (sine) and 2i + 1 (cosine), y at hidden / 2 further,
-    with the angle x / 10000^(4 i / hidden).
+    For channel pairs i in [0, hidden / 4): x at 2i (sine) and 2i + 1 (cosine), y at hidden / 2
+    further, with the angle x / 10000^(4 i / hidden).
     """
 
     frequencies: Tensor

@@ -1,11 +1,12 @@
 """Latent and residual of a spectrum model, rotated to principal components.
 
-What the pool's factors leave unexplained is kept beside the latent, so that a tissue the pool has never
-seen loses nothing: the representation of a cell is [c z, w r], with z the latent at unit prior variance,
-c a factor that gives it the total variance of the factors, r = x - V f the residual of scaled expression
-(f the factors), and w the config's `residual_weight`. Its principal components over the data are the
-embedding. A cells x genes residual and a genes x genes covariance never exist: the representation is only
-ever multiplied with a few columns, block by block, and the products are summed over the cells.
+What the pool's factors leave unexplained is kept beside the latent, so that a tissue the pool has
+never seen loses nothing: the representation of a cell is [c z, w r], with z the latent at unit
+prior variance, c a factor that gives it the total variance of the factors, r = x - V f the residual
+of scaled expression (f the factors), and w the config's `residual_weight`. Its principal components
+over the data are the embedding. A cells x genes residual and a genes x genes covariance never
+exist: the representation is only ever multiplied with a few columns, block by block, and the
+products are summed over the cells.
 
 Axes: `cells` (of a block), `latent`, `genes` (measured), `columns` (of a subspace).
 """
@@ -77,7 +78,8 @@ def find_rotation(
     """Find the principal components of the cells of all blocks by subspace iteration.
 
     Every pass over the blocks adds up B^T (B Q) for the current columns Q, which is all that an
-    iteration needs to know of the cells (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4).
+    iteration needs to know of the cells (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm
+    4.4).
 
     Parameters
     ----------
