@@ -55,7 +55,7 @@ class Matrix:
         No entry is there twice; columns need not be sorted, and zeros may be among the entries.
         The arrays may be those of the user: they are not to be written to.
         """
-        return _as_csr(self._read(rows), self.shape[1])
+        return _as_csr(self._read(as_slice(rows, self.shape[0])), self.shape[1])
 
     def blocks(self) -> Iterator[tuple[slice, NDArray]]:
         """Pass through all rows: numbers of the rows of each block, and its values as stored."""
@@ -83,7 +83,7 @@ def open_matrix(adata: Any, layer: str | None) -> Matrix:
     otherwise without passing through all of it for every block.
     """
     where = "X" if layer is None else f"layers[{layer!r}]"
-    stored = _stored(adata, layer)
+    stored = _stored(adata._adata_ref if adata.is_view else adata, layer)
     if stored is None:
         raise CountsError(
             f"adata.{where} is None; counts were expected. The layers are "
@@ -92,41 +92,49 @@ def open_matrix(adata: Any, layer: str | None) -> Matrix:
     dtype = np.dtype(stored.dtype)
     if dtype.kind not in "biuf":
         raise CountsError(f"adata.{where} must hold numbers; its type is {dtype}.")
-    read, in_memory = _reader(adata, layer, stored)
+    read, in_memory = _reader(adata, layer)
     return Matrix(adata.shape, dtype, in_memory, where, read)
 
 
+def _reader(adata: Any, layer: str | None) -> tuple[Callable[[Rows], Any], bool]:
+    """Give a function that reads rows, and whether what it reads from is in memory."""
+    owner = adata._adata_ref if adata.is_view else adata  # adata.X of a view is a copy of all of it
+    stored = _stored(owner, layer)
+    if getattr(stored, "format", None) == "csc":
+        whole = _stored(adata, layer)
+        matrix = sp.csr_matrix(whole.to_memory() if hasattr(whole, "to_memory") else whole)
+        return lambda rows: _rows_of_csr(matrix, rows), True
+    if sp.issparse(stored):
+        matrix = stored if stored.format == "csr" else sp.csr_matrix(stored)
+        read, in_memory = (lambda rows: _rows_of_csr(matrix, rows)), True
+    elif isinstance(stored, np.ndarray):
+        read, in_memory = stored.__getitem__, True
+    else:  # a file's, or lazy
+        read, in_memory = (lambda rows: _read_runs(stored.__getitem__, rows)), False
+    if not adata.is_view:
+        return read, in_memory
+    rows_of_view = np.arange(owner.n_obs)[adata._oidx]
+    columns_of_view = np.arange(owner.n_vars)[adata._vidx]
+    if np.array_equal(columns_of_view, np.arange(owner.n_vars)):
+        return lambda rows: read(as_slice(rows_of_view[rows], owner.n_obs)), in_memory
+    return (
+        lambda rows: read(as_slice(rows_of_view[rows], owner.n_obs))[:, columns_of_view],
+        in_memory,
+    )
+
+
 def _stored(adata: Any, layer: str | None) -> Any:
-    """Give the matrix as it is stored: of a view that of its parent, which costs no copy."""
-    if adata.is_view:
-        adata = adata._adata_ref
     return adata.X if layer is None else adata.layers[layer]
 
 
-def _reader(adata: Any, layer: str | None, stored: Any) -> tuple[Callable[[Rows], Any], bool]:
-    """How to read rows from what is stored, and whether that is in memory."""
-    is_on_disk = not (isinstance(stored, np.ndarray) or sp.issparse(stored))
-    if getattr(stored, "format", None) == "csc":
-        whole = adata.X if layer is None else adata.layers[layer]
-        if hasattr(whole, "to_memory"):  # a file's
-            whole = whole.to_memory()
-        matrix = sp.csr_matrix(whole)
-        return lambda rows: _rows_of_csr(matrix, rows), True
-    if adata.is_view:
-        # A view of some of its rows: anndata finds them in the parent, on disk as in memory.
-        def read_view(rows: Rows) -> Any:
-            part = adata[rows]
-            return part.X if layer is None else part.layers[layer]
-
-        if is_on_disk:
-            return lambda rows: _read_runs(read_view, rows), False
-        return read_view, True
-    if sp.issparse(stored):
-        matrix = stored if stored.format == "csr" else sp.csr_matrix(stored)
-        return lambda rows: _rows_of_csr(matrix, rows), True
-    if is_on_disk:
-        return lambda rows: _read_runs(stored.__getitem__, rows), False
-    return stored.__getitem__, True
+def as_slice(rows: Rows, n_rows: int) -> Rows:
+    """Give neighbouring rows as a slice, which needs no copy; others as they are."""
+    if isinstance(rows, slice):
+        return slice(*rows.indices(n_rows))
+    rows = np.asarray(rows, dtype=np.int64)
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def _rows_of_csr(matrix: Any, rows: Rows) -> sp.csr_matrix:
@@ -136,11 +144,11 @@ def _rows_of_csr(matrix: Any, rows: Rows) -> sp.csr_matrix:
         start, stop, _ = rows.indices(matrix.shape[0])
         first, last = matrix.indptr[start], matrix.indptr[stop]
         values, columns = matrix.data[first:last], matrix.indices[first:last]
-        return _csr(values, columns, matrix.indptr[start : stop + 1] - first, n_columns)
+        return csr_around(values, columns, matrix.indptr[start : stop + 1] - first, n_columns)
     lengths = np.diff(matrix.indptr)[rows]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     entries = np.repeat(matrix.indptr[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return _csr(matrix.data[entries], matrix.indices[entries], offsets, n_columns)
+    return csr_around(matrix.data[entries], matrix.indices[entries], offsets, n_columns)
 
 
 def _read_runs(read: Callable[[Rows], Any], rows: Rows) -> sp.csr_matrix:
@@ -169,7 +177,7 @@ def _as_csr(block: Any, n_columns: int) -> sp.csr_matrix:
         return _csr_of_dense(np.asarray(block))
     if block.format != "csr":
         return sp.csr_matrix(block)
-    block = _csr(block.data, block.indices, block.indptr, n_columns)
+    block = csr_around(block.data, block.indices, block.indptr, n_columns)
     if not block.has_canonical_format:
         block = block.copy()
         block.sum_duplicates()
@@ -183,11 +191,18 @@ def _csr_of_dense(block: NDArray) -> sp.csr_matrix:
     offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(is_entry, axis=1))])
     entries = np.flatnonzero(is_entry)
     starts = np.repeat(np.arange(n_rows) * n_columns, np.diff(offsets))
-    return _csr(block.ravel()[entries], (entries - starts).astype(np.int32), offsets, n_columns)
+    return csr_around(
+        block.ravel()[entries], (entries - starts).astype(np.int32), offsets, n_columns
+    )
 
 
-def _csr(values: NDArray, columns: NDArray, offsets: NDArray, n_columns: int) -> sp.csr_matrix:
-    """Put a CSR matrix around arrays, which are shared."""
+def csr_around(
+    values: NDArray, columns: NDArray, offsets: NDArray, n_columns: int
+) -> sp.csr_matrix:
+    """Put a CSR matrix around arrays. They are shared; scipy's own constructor copies slices."""
     if values.dtype == np.float16:  # scipy has no operations for it
         values = values.astype(np.float32)
-    return sp.csr_matrix((values, columns, offsets), (len(offsets) - 1, n_columns), copy=False)
+    matrix = sp.csr_matrix((len(offsets) - 1, n_columns), dtype=values.dtype)
+    matrix.data, matrix.indices = values, columns
+    matrix.indptr = offsets.astype(columns.dtype, copy=False)
+    return matrix

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellplm_tl._anndata.columns import Columns, match_columns
 from cellplm_tl._anndata.contexts import name_rows, read_contexts, read_coordinates
-from cellplm_tl._anndata.matrix import Matrix, Rows, open_matrix
+from cellplm_tl._anndata.matrix import Matrix, Rows, csr_around, open_matrix
 from cellplm_tl._anndata.state import State, find_state
 from cellplm_tl._errors import CountsError, CountsWarning, SlotError, check_is_anndata
 from cellplm_tl._genes import check_coverage, check_names, choose_gene_names
@@ -109,7 +109,6 @@ class Cells:
         CountsWarning
             Cells hold no counts although those that the state was found from do; once.
         """
-        rows = _as_slice(rows, self.n_cells)
         block = self._matrix.rows(rows)
         if not self._matrix.in_memory:
             _check_values(block.data, rows, self._matrix, self._obs_names)
@@ -117,7 +116,7 @@ class Cells:
         values, has_counts = self._state.to_counts(block.data, block.indptr)
         if self._state.promises_counts and not has_counts.all():
             self._note(rows, ~has_counts)
-        block = sp.csr_matrix((values, block.indices, block.indptr), block.shape, copy=False)
+        block = csr_around(values, block.indices, block.indptr, block.shape[1])
         library_size = _library_size(block, self._columns.is_resolved)
         block = _select(block, self._columns)
         return CountBlock(block.data, block.indices, block.indptr, library_size)
@@ -369,16 +368,6 @@ def _say(matrix: Matrix, state: State, columns: Columns) -> None:
 # ---------------------------------------------------------------------------------------- one block
 
 
-def _as_slice(rows: Rows, n_cells: int) -> Rows:
-    """Give neighbouring rows as a slice, which needs no copy."""
-    if isinstance(rows, slice):
-        return slice(*rows.indices(n_cells))
-    rows = np.asarray(rows, dtype=np.int64)
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-        return slice(rows[0], rows[-1] + 1)
-    return rows
-
-
 def _without_zeros(block: sp.csr_matrix) -> sp.csr_matrix:
     """Give the block without entries that are 0; itself if it has none."""
     if block.data.all():
@@ -410,9 +399,10 @@ def _select(block: sp.csr_matrix, columns: Columns) -> sp.csr_matrix:
     else:
         # Through CSC and back: it sorts in linear time, which sort_indices does not.
         part = block.tocsc()[:, selected].tocsr()
-    shape = (block.shape[0], len(columns.genes))
     if columns.n_summed:
-        part = sp.csr_matrix((part.data, gene_of[part.indices], part.indptr), shape)
+        values = part.data.copy() if part is block else part.data  # summing is done in place
+        genes = gene_of.astype(part.indices.dtype)[part.indices]
+        part = csr_around(values, genes, part.indptr.copy(), len(columns.genes))
         part.sum_duplicates()
     elif not part.has_sorted_indices:
         part = part.sorted_indices()

@@ -248,13 +248,13 @@ def find_precision(values: NDArray) -> Precision:
     with np.errstate(over="ignore"):
         is_half = bool((values.astype(np.float16) == values).all())
     eps = 2.0**-11 if is_half else 2.0**-24
-    largest = values.max(initial=1.0)
     for decimals in range(1, 7):
         shifted = values * 10.0**decimals
-        noise = ROUNDINGS * eps * largest * 10.0**decimals
-        if noise > 0.05:  # from here on everything looks rounded
+        noise = 2.0 * eps * shifted
+        is_telling = noise < SHARP  # beyond it, everything looks rounded
+        if not is_telling.any():
             break
-        if (np.abs(shifted - np.rint(shifted)) <= noise).all():
+        if (np.abs(shifted - np.rint(shifted)) <= noise)[is_telling].all():
             return Precision(decimals, eps)
     return Precision(None, eps)
 
@@ -369,8 +369,12 @@ def _intersect(
             break
         k, settled_x, settled_error = k[is_settled], x[is_settled], error[is_settled]
         bounds = np.searchsorted(cells[is_settled], np.arange(n_cells + 1))
-        low = np.fmax(low, _per_cell(np.maximum, (settled_x - settled_error) / k, bounds, -np.inf))
-        high = np.fmin(high, _per_cell(np.minimum, (settled_x + settled_error) / k, bounds, np.inf))
+        low = np.maximum(
+            low, _per_cell(np.maximum, (settled_x - settled_error) / k, bounds, -np.inf)
+        )
+        high = np.minimum(
+            high, _per_cell(np.minimum, (settled_x + settled_error) / k, bounds, np.inf)
+        )
         x, error, cells = x[~is_settled], error[~is_settled], cells[~is_settled]
     is_misfit = is_vague | (low > high)  # neither holds for a cell without values
     return 0.5 * (low + high), ~is_misfit
