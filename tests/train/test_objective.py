@@ -83,7 +83,7 @@ def assert_gradients(network: CellPLM, arrays, prefix: str) -> None:
     }
     assert found.keys() == expected.keys()
     for name, norm in expected.items():
-        assert found[name] == pytest.approx(norm, rel=3e-4, abs=1e-7), name
+        assert found[name] == pytest.approx(norm, rel=2e-5, abs=1e-9), name
 
 
 def pretraining_input(arrays):
