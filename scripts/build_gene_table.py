@@ -36,25 +36,70 @@ COLUMNS = (
     "other_ensembl_ids",
 )
 
+# Where each list was read: repository, path, commit. Only names, ids and kinds of loci were taken.
+ENSEMBL = "Ensembl and GENCODE data: no restriction on use"
 SOURCES = [
     {
-        "what": "approved, previous and alias symbols, locus types, Ensembl ids",
-        "source": "HGNC complete set and its changes (renamed and new entries)",
-        "version": "2024-10-18, brought to 2025-10-07",
+        "source": "HGNC complete set: symbols, previous symbols, aliases, locus types, Ensembl ids",
+        "version": "2024-10-18",
         "licence": "CC0 1.0",
+        "from": "maximilianh/phenotypes data/hgnc_complete_set.txt.gz 0236d05",
     },
     {
-        "what": "gene ids, names, biotypes; retired ids and those on alternative haplotypes",
-        "source": "GENCODE 48 (Ensembl 114), 44, 38 and 30; Ensembl 112",
-        "version": "2019 to 2025",
-        "licence": "Ensembl and GENCODE data: no restriction on use",
+        "source": "HGNC of a year later: renamed symbols, newer entries",
+        "version": "2025-10-07",
+        "licence": "CC0 1.0 (HGNC; the repository itself is AGPL-3)",
+        "from": "cBioPortal/datahub-study-curation-tools gene-table-update, "
+        "Gene_Table_v7_HGNC_Oct_07_2025/gene-info-Oct-07-2025.txt d8d2fc2",
     },
     {
-        "what": "names that gene lists in wide use gave to an id (clone names above all)",
-        "source": "10x Genomics references hg19 1.2.0, GRCh38 3.0.0, GRCh38-2020-A, "
-        "GRCh38-2024-A; a GRCh38 list of about 2017",
-        "version": "2016 to 2024",
-        "licence": "names and ids of Ensembl: no restriction on use",
+        "source": "GENCODE 48 (Ensembl 114), 44 and 38: ids, names, biotypes",
+        "version": "2025, 2023, 2021",
+        "licence": ENSEMBL,
+        "from": "chanzuckerberg/single-cell-curation genes_homo_sapiens.csv.gz 65b419f, eb8e5480, "
+        "24b50945 (MIT)",
+    },
+    {
+        "source": "Ensembl 112 or so: ids, also those on alternative haplotypes and patches",
+        "version": "2024-08",
+        "licence": ENSEMBL + " (the repository itself is GPL-3)",
+        "from": "cantinilab/scPRINT data/main/biomart_pos.parquet 4acc1a4",
+    },
+    {
+        "source": "GENCODE 30, by its size: ids, names",
+        "version": "2019",
+        "licence": ENSEMBL,
+        "from": "lattias/ml4fg_final_project genes.tsv c7a193f (MIT)",
+    },
+    {
+        "source": "10x Genomics hg19 1.2.0: names given to ids",
+        "version": "2016",
+        "licence": ENSEMBL,
+        "from": "biocswirl-dev-team/BiocSwirl_scRNAseq features.tsv.gz d22ec53",
+    },
+    {
+        "source": "a GRCh38 list between Ensembl 84 and 91: names given to ids",
+        "version": "about 2017",
+        "licence": ENSEMBL,
+        "from": "june-zhang-bioinfo/donor-demux-nf data/genes.tsv 925dd2e",
+    },
+    {
+        "source": "10x Genomics GRCh38 3.0.0: names given to ids",
+        "version": "2018",
+        "licence": ENSEMBL,
+        "from": "SIAT-Fang/scCAE_data data/features.tsv.gz 1be76e6",
+    },
+    {
+        "source": "10x Genomics GRCh38-2020-A: names given to ids",
+        "version": "2020",
+        "licence": ENSEMBL,
+        "from": "jeong2624/scRNA-seq-project filtered_feature_bc_matrix/features.tsv.gz 590d80d",
+    },
+    {
+        "source": "10x Genomics GRCh38-2024-A: names given to ids",
+        "version": "2024",
+        "licence": ENSEMBL,
+        "from": "merve-ozdemir/10x-practice filtered_feature_bc_matrix/features.tsv.gz a02a5e2",
     },
 ]
 
