@@ -93,7 +93,8 @@ class FlowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(cells, hidden) of a whole context → (cells, hidden)."""
-        block, context = self.project(x), ()
+        block = self.project(x)
+        context: Sums = ()
         for number in range(self.n_rounds):
             context = context + self.sums(number, block, context)
         return self.output(block, context)

@@ -68,6 +68,12 @@ class CellPLM(nn.Module):
     torch.Size([2, 4])
     """
 
+    # The parts are chosen by the config; each kind has the interface of its siblings.
+    embedder: Any
+    latent: Any
+    decoder: Any
+    head: Any
+
     def __init__(self, config: CellPLMConfig):
         super().__init__()
         self.config = config
@@ -178,9 +184,10 @@ class CellPLM(nn.Module):
         return self.decoder(z, genes, covariates or {}, background)
 
 
-def over_context(layer: nn.Module, u: Tensor) -> Tensor:
+def over_context(layer: Any, u: Tensor) -> Tensor:
     """Run one encoder layer over a whole context in memory, (cells, hidden) → (cells, hidden)."""
-    block, context = layer.begin(u), ()
+    block = layer.begin(u)
+    context: tuple[Tensor, ...] = ()
     for number in range(layer.n_rounds):
         context = context + layer.sums(number, block, context)
     return layer.finish(block, context)
