@@ -122,9 +122,9 @@ class Cells:
         return CountBlock(block.data, block.indices, block.indptr, library_size)
 
     def _note(self, rows: Rows, lacks_counts: NDArray[np.bool_]) -> None:
-        is_first = not self._lacks_counts.any()
+        was_said = self._lacks_counts.any() or "lost" in self._state.facts
         self._lacks_counts[rows] = lacks_counts
-        if not is_first:
+        if was_said:
             return
         if self._state.way == "recovered":
             what = (
@@ -349,8 +349,9 @@ def _advice(adata: Any, layer: str | None) -> str:
 def _say(matrix: Matrix, state: State, columns: Columns) -> None:
     """Log or warn about what is not as it should be; silence for raw counts in X."""
     if "lost" in state.facts:
+        kind = "fractions" if state.way == "as stored" else state.kind
         warnings.warn(
-            f"adata.{matrix.where} holds no raw counts ({state.kind}; {state.way}): "
+            f"adata.{matrix.where} holds no raw counts ({kind}; {state.way}): "
             f"{state.facts['lost']}. Pass raw counts with layer='…' if you have them.",
             CountsWarning,
             stacklevel=4,  # the line that called the tool

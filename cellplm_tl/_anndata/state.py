@@ -35,7 +35,7 @@ MIN_EVIDENCE = 14.0
 # A cell's smallest value is nearly always a count of one; if that fails, counts up to this one.
 LARGEST_SMALLEST_COUNT = 10
 # Largest part of a step that the error of a value may be, if it is to tell grid points apart.
-SHARP = 0.25
+SHARP = 0.1
 # Share of the cells which must be on a grid for the matrix to count as recoverable.
 MIN_ON_GRID = 0.5
 # No cell has more counts of one gene: larger values are not taken for logs.
@@ -151,9 +151,10 @@ def find_state(values: NDArray, offsets: NDArray) -> State:
     -------
     State
         In this order: all values are integers: counts; at least half of the cells that can show a
-        grid are on one, directly or through a log: recovered; all cells have the same total,
-        directly or through a log: inverted; at least half of the values are integers, or the
-        values are too large for a log: fractional counts; else taken for a natural log: inverted.
+        grid are on one, directly or through a log: recovered (but counts with fractions if that
+        grid is the integers); all cells have the same total, directly or through a log: inverted;
+        at least half of the values are integers, or the values are too large for a log: counts
+        with fractions; else taken for a natural log: inverted.
     """
     if _are_integers(values).all():
         return State("counts", "as stored")
@@ -166,6 +167,9 @@ def find_state(values: NDArray, offsets: NDArray) -> State:
         for name in possible
     }
     transform = max(shares, key=lambda name: shares[name])
+    is_integer = _are_integers(values)
+    if transform == "none" and _share_of_cells(is_integer, offsets) >= 0.5:
+        return _fractional(is_integer)  # counts, with some cells of another kind among them
     if shares[transform] >= MIN_ON_GRID:
         return _recoverable(values, offsets, transform, precision, shares[transform])
     spreads = {
@@ -174,16 +178,8 @@ def find_state(values: NDArray, offsets: NDArray) -> State:
     transform = min(spreads, key=lambda name: spreads[name])
     if spreads[transform] <= SAME_TOTAL:
         return _not_recoverable(values, offsets, transform, precision, "all cells have one total")
-    if _are_integers(values).mean() >= 0.5 or "natural log" not in possible:
-        share = float(1 - _are_integers(values).mean())
-        return State(
-            "counts",
-            "as stored",
-            facts={
-                "fractional_share": share,
-                "lost": f"{share:.1%} of the values are no integers; they are used as they stand",
-            },
-        )
+    if is_integer.mean() >= 0.5 or "natural log" not in possible:
+        return _fractional(is_integer)
     return _not_recoverable(
         values, offsets, "natural log", precision, "assumed: the values are small and no integers"
     )
@@ -201,14 +197,28 @@ def _recoverable(
         "exact_share": float(is_exact.mean()),
         "median_total": float(np.median(_totals(x, offsets))),
     }
+    losses = []
+    if share < 1:
+        losses.append(
+            f"{1 - share:.1%} of the cells looked at hold no multiples of one step and are scaled "
+            "as the median cell is"
+        )
     if not is_exact.all():
-        facts["lost"] = (
+        losses.append(
             f"{(~is_exact).sum():,} of {len(is_exact):,} values looked at are counts too large for "
             "the precision of storage; they are known to the nearest few"
         )
+    if losses:
+        facts["lost"] = "; ".join(losses)
     scale = float(1.0 / np.nanmedian(grid.step[grid.fits]))
     facts |= _tolerance(precision)
     return State(_kind(transform), "recovered", transform, precision, scale, facts)
+
+
+def _fractional(is_integer: NDArray[np.bool_]) -> State:
+    share = float(1 - is_integer.mean())
+    lost = f"{share:.1%} of the values looked at are no integers; they are used as they stand"
+    return State("counts", "as stored", facts={"fractional_share": share, "lost": lost})
 
 
 def _not_recoverable(
@@ -263,6 +273,13 @@ def _are_integers(values: NDArray) -> NDArray[np.bool_]:
     if values.dtype.kind in "biu":
         return np.ones(len(values), dtype=bool)
     return values == np.rint(values)
+
+
+def _share_of_cells(is_integer: NDArray[np.bool_], offsets: NDArray) -> float:
+    """Share of the cells, without empty ones, that hold integers alone."""
+    is_filled = np.diff(offsets) > 0
+    n_fractions = _per_cell(np.add, ~is_integer, offsets, 0.0)
+    return float((n_fractions[is_filled] == 0).mean())
 
 
 def _undo(values: NDArray, transform: str, precision: Precision) -> tuple[NDArray, NDArray]:
@@ -340,12 +357,16 @@ def find_grid(x: NDArray, error: NDArray, offsets: NDArray) -> Grid:
 
 
 def share_on_grid(x: NDArray, error: NDArray, offsets: NDArray) -> float:
-    """Share of cells on a grid, among those that have values enough to show one; 0 if none has.
+    """Share of cells on a grid, or among those with values enough to show it, whichever is less.
 
-    `x` must hold no value twice in a cell: the second one is no evidence.
+    It is 0 if no cell could show it. `x` must hold no value twice in a cell: the second one is no
+    evidence.
     """
     can_show = _evidence(x, error, offsets, 1)[0] >= MIN_EVIDENCE
-    return float(find_grid(x, error, offsets).fits[can_show].mean()) if can_show.any() else 0.0
+    if not can_show.any():
+        return 0.0
+    fits = find_grid(x, error, offsets).fits
+    return float(min(fits[can_show].mean(), fits[np.diff(offsets) > 0].mean()))
 
 
 def _intersect(

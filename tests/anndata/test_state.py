@@ -221,6 +221,29 @@ def test_small_fractions_without_a_clue_are_taken_for_natural_logs():
     assert state.facts["chosen_because"].startswith("assumed")
 
 
+def test_some_processed_cells_among_counts_do_not_change_the_others():
+    """A cell of even counts must not come back halved, as it would from a grid."""
+    counts, offsets = simulate()
+    counts[offsets[7] : offsets[8]] *= 2
+    values = counts.copy()
+    values[: offsets[3]] *= 0.37
+    state = find_state(values, offsets)
+    assert (state.kind, state.way) == ("counts", "as stored")
+    assert state.facts["fractional_share"] > 0.02
+    assert np.array_equal(state.to_counts(values, offsets)[0], values.astype(np.float32))
+
+
+def test_log2_of_plain_counts_is_no_count():
+    """Most values of shallow cells are then integers: the log2 of 1 + 1, 1 + 3 and 1 + 7."""
+    counts, offsets = simulate()
+    counts = np.where(counts > 1, np.minimum(counts, 5), counts)
+    values = np.log2(1 + counts)
+    assert (values == np.rint(values)).mean() > 0.5
+    state = find_state(values, offsets)
+    assert (state.way, state.transform) == ("recovered", "log2")
+    assert np.array_equal(state.to_counts(values, offsets)[0], counts)
+
+
 @pytest.mark.parametrize("is_mostly_integer", [True, False])
 def test_fractional_counts_are_used_as_they_stand(is_mostly_integer):
     counts, offsets = simulate()
