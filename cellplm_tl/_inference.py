@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,8 @@ def encode(network: CellPLM, cells: Cells, *, device: torch.device | None = None
     n_sweeps = 1 + sum(part.n_rounds + 1 for part in parts)
     outputs: dict[str, NDArray[np.float32]] = {}
     sums = []
-    with (
-        torch.inference_mode(),
-        _Workspace(network, cells, device) as workspace,
-        _progress_bar(cells.n_cells) as bar,
-    ):
+    with torch.inference_mode(), _progress_bar(cells.n_cells) as bar:
+        workspace = _Workspace(network, cells, device)
         panel = network.embedder.panel(torch.from_numpy(cells.gene_index).to(device))
         for rows in cells.contexts or (np.empty(0, np.int64),):
             context = _Context(cells, rows, workspace, lambda n: bar.update(n / n_sweeps))
@@ -274,7 +271,7 @@ class _Workspace:
 
     def __init__(self, network: CellPLM, cells: Cells, device: torch.device):
         self.device = device
-        self._files = ExitStack()
+        torch.empty(KEPT_HEAP_BYTES, dtype=torch.uint8)  # and freed
         budget = settings.budget_bytes()
         device_room = budget
         if device.type == "cuda":
@@ -296,38 +293,9 @@ class _Workspace:
         elif hidden_bytes <= host_room:
             self.hidden = _allocate(shape, torch.device("cpu"))
         else:
-            self.hidden = self._map_file(shape, budget)
+            self.hidden = _map_file(shape, budget)
         capacity = max(0, device_room) // (FLOAT_BYTES * KEPT_VECTORS * width)
         self.kept = _Kept(min(capacity, largest), device)
-
-    def _map_file(self, shape: tuple[int, int], budget: int) -> Tensor:
-        """Return a tensor in a file without a name, which ends with this process at the latest."""
-        n_bytes = FLOAT_BYTES * shape[0] * shape[1]
-        free = shutil.disk_usage(settings.scratch_dir).free
-        if n_bytes > free:
-            raise OptionError(
-                f"The hidden states of {shape[0]:,} cells need {n_bytes / 1e9:.1f} GB, past the "
-                f"memory budget of {budget / 1e9:.1f} GB; settings.scratch_dir "
-                f"({str(settings.scratch_dir)!r}) has {free / 1e9:.1f} GB. Name a directory on a "
-                "larger disk, raise settings.memory_budget, or give smaller contexts by batch_key."
-            )
-        logger.info(
-            "hidden states of %d cells go to %s (%.1f GB, memory budget %.1f GB)",
-            shape[0],
-            settings.scratch_dir,
-            n_bytes / 1e9,
-            budget / 1e9,
-        )
-        file = self._files.enter_context(tempfile.TemporaryFile(dir=settings.scratch_dir))
-        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-
-    def __enter__(self) -> _Workspace:
-        if self.device.type == "cpu":
-            torch.empty(KEPT_HEAP_BYTES, dtype=torch.uint8)  # and freed
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
 
 
 def _block_cells(network: CellPLM, cells: Cells, device_type: str, room: int) -> int:
@@ -356,6 +324,30 @@ def _allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _map_file(shape: tuple[int, int], budget: int) -> Tensor:
+    """Return a tensor in a file without a name, which is gone with the tensor or the process."""
+    n_bytes = FLOAT_BYTES * shape[0] * shape[1]
+    free = shutil.disk_usage(settings.scratch_dir).free
+    if n_bytes > free:
+        raise OptionError(
+            f"The hidden states of {shape[0]:,} cells need {n_bytes / 1e9:.1f} GB, past the "
+            f"memory budget of {budget / 1e9:.1f} GB; settings.scratch_dir "
+            f"({str(settings.scratch_dir)!r}) has {free / 1e9:.1f} GB. Name a directory on a "
+            "larger disk, raise settings.memory_budget, or give smaller contexts by batch_key."
+        )
+    logger.info(
+        "hidden states of %d cells go to %s (%.1f GB, memory budget %.1f GB)",
+        shape[0],
+        settings.scratch_dir,
+        n_bytes / 1e9,
+        budget / 1e9,
+    )
+    with tempfile.TemporaryFile(dir=settings.scratch_dir) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is to be an error here, no crash later
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 
 def _exact(tensor: Tensor) -> Tensor:
