@@ -196,7 +196,7 @@ _CONTROL = re.compile(
 
 def _find(name: str) -> _Found:
     """Take one name, without blanks around it, through all steps."""
-    if _is_missing(name) or _MOUSE_GENOME.match(name) or _is_control(name):
+    if _is_missing(name):
         return _UNKNOWN
     genome = _HUMAN_GENOME.match(name)
     if genome:

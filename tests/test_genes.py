@@ -154,6 +154,8 @@ def test_cases_together_give_the_same():
         ("GRCh38___ENSG00000198851", "ENSG00000198851", "repaired"),
         ("hg38_nonsense", "", "unknown"),
         ("mm10_CD3E", "", "unknown"),  # of the mouse, whatever it is called
+        ("ENSG00000264194", "ENSG00000264194", "retired"),  # nothing succeeded it
+        ("ENSG00000213846", "", "unknown"),  # older than all lists
         # dates
         ("12-Mar", "", "unknown"),
         ("16-Sep", "", "unknown"),
@@ -410,11 +412,18 @@ def test_gene_names_are_var_names_by_default():
 @pytest.mark.parametrize("column", ["gene_ids", "ensembl_id", "feature_id", "Accession", "ENSEMBL"])
 def test_a_column_of_ids_comes_before_names(column):
     var = pd.DataFrame({"n": [1, 2, 3]}, index=["CD3E", "IL8", "CD4"])
-    var[column] = pd.Categorical(["ENSG00000111640.15", None, "ENSG00000010610"])
-    names, where = choose_gene_names(var)
-    # the gap is filled with the name of its row
-    assert names.tolist() == ["ENSG00000111640.15", "IL8", "ENSG00000010610"]
-    assert where == f"var['{column}']"
+    for gap in (None, "", "nan", "<NA>"):
+        var[column] = pd.Categorical(["ENSG00000111640.15", gap, "ENSG00000010610"])
+        names, where = choose_gene_names(var)
+        # the gap is filled with the name of its row
+        assert names.tolist() == ["ENSG00000111640.15", "IL8", "ENSG00000010610"]
+        assert where == f"var['{column}']"
+
+
+def test_ids_of_two_genomes_are_ids():
+    ids = ["GRCh38_ENSG00000111640", "GRCh38_ENSG00000010610", "mm10___ENSMUSG00000029580"]
+    var = pd.DataFrame({"gene_ids": ids}, index=["GRCh38_GAPDH", "GRCh38_CD4", "mm10___Actb"])
+    assert choose_gene_names(var)[1] == "var['gene_ids']"
 
 
 def test_a_column_called_so_but_without_ids_is_passed_over():
@@ -484,6 +493,7 @@ def test_mouse_share(mouse_symbols, approved):
 )
 def test_control_probes_are_known(name):
     assert is_control_probe([name]).tolist() == [True]
+    assert resolve([name]).status.tolist() == ["unknown"]
 
 
 def judge(names, **kwargs):
