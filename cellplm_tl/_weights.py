@@ -323,6 +323,7 @@ def write_directory(
         if card is not None:
             (aside / CARD).write_text(card)
         for file in aside.iterdir():
+            file.chmod(0o644)
             _flush(file)
         if path.exists():
             for file in sorted(aside.iterdir(), key=lambda f: f.name == CONFIG):

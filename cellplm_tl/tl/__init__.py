@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from cellplm_tl.tl.embed import embed
+
+__all__ = ["embed"]

@@ -206,7 +206,7 @@ def hide(
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
     low, high = bounds
-    return int(round(np.exp(rng.uniform(np.log(low), np.log(high)))))
+    return round(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def _without_excess(

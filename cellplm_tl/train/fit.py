@@ -147,6 +147,17 @@ def fit(
     return network
 
 
+def best_of(folder: Path) -> dict[str, float]:
+    """Return the row of a run's log with the smallest validation loss."""
+    rows = [row for row in _read_rows(folder / LOG) if "validation" in row]
+    return min(rows, key=lambda row: row["validation"])
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
 class _Run:
     """The state of a run: what it takes to go on."""
 
@@ -261,9 +272,11 @@ class _Run:
                 parameter.copy_(tensors[f"weights.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
                 self.best[name].copy_(tensors[f"best.{name}"])
-                self.optimiser.state[parameter] = {
-                    key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                # A parameter that no loss has reached has no state yet.
+                if f"exp_avg.{name}" in tensors:
+                    self.optimiser.state[parameter] = {
+                        key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
         self.step, self.stale = int(scalars["step"]), int(scalars["stale"])
         self.best_loss = scalars["best_loss"]
         self._read_log()
@@ -282,9 +295,7 @@ class _Run:
     def _read_log(self) -> None:
         assert self.folder is not None
         if (self.folder / LOG).is_file():
-            with (self.folder / LOG).open(newline="") as file:
-                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-            self.rows = [row for row in rows if row["step"] <= self.step]
+            self.rows = [r for r in _read_rows(self.folder / LOG) if r["step"] <= self.step]
 
 
 @contextmanager

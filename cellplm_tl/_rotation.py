@@ -1,0 +1,125 @@
+"""The embedding of a spectrum model: principal components of latent and residual, block by
+block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ._anndata import Cells
+from ._inference import Encoding, blocks, read_block
+from ._settings import logger
+from .models import CellPLM
+from .models.representation import OVERSAMPLING, Columns, RepresentationBlock, find_rotation
+
+
+def rotate(
+    network: CellPLM,
+    cells: Cells,
+    encoding: Encoding,
+    n_components: int,
+    rng: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Rotate latent and residual to their principal components over all cells.
+
+    Parameters
+    ----------
+    network
+        With a spectrum.
+    cells, encoding
+        The cells and what :func:`encode` made of them.
+    n_components
+        Width of the result. Columns beyond the rank of the data are 0.
+    rng
+        Draws the columns that the iteration starts from; a gene's numbers do not depend on which
+        others are measured.
+
+    Returns
+    -------
+    numpy.ndarray, shape (cells, n_components), float32
+    """
+    result = np.zeros((cells.n_cells, n_components), np.float32)
+    n_columns = n_components + OVERSAMPLING
+    start = rng.standard_normal((network.config.latent_size + network.config.n_genes, n_columns))
+    n_latent = network.config.latent_size
+    columns = Columns(
+        torch.from_numpy(start[:n_latent].astype(np.float32)),
+        torch.from_numpy(start[n_latent:][cells.gene_index].astype(np.float32)),
+    )
+    scale = latent_scale(encoding)
+
+    def representations() -> Iterator[RepresentationBlock]:
+        for _, block in _blocks(network, cells, encoding, scale):
+            yield block
+
+    rotation = find_rotation(representations, columns, cells.n_cells, n_components)
+    for rows, block in _blocks(network, cells, encoding, scale):
+        result[rows] = rotation.scores(block).numpy()
+    logger.debug("rotated to %d components", n_components)
+    return result
+
+
+def latent_scale(encoding: Encoding) -> float:
+    """Return the factor that gives the latent the total variance of the factors."""
+    assert encoding.factors is not None
+    latent = float(encoding.latent.var(0, dtype=np.float64).sum())
+    factors = float(encoding.factors.var(0, dtype=np.float64).sum())
+    return (factors / latent) ** 0.5 if latent > 0 else 1.0
+
+
+def known_share(encoding: Encoding) -> tuple[NDArray[np.float32], float]:
+    """Return the share of scaled expression that the factors explain: per cell, and of all cells.
+
+    A cell without counts, or a context of one cell, has nothing to explain: its share is 0.
+    """
+    assert encoding.explained is not None and encoding.total is not None
+    total = np.maximum(encoding.total, np.finfo(np.float32).tiny)
+    share = np.clip(encoding.explained / total, 0, 1).astype(np.float32)
+    everything = float(encoding.total.sum(dtype=np.float64))
+    explained = float(encoding.explained.sum(dtype=np.float64))
+    return share, explained / everything if everything > 0 else 0.0
+
+
+def between_share(network: CellPLM, encoding: Encoding) -> float:
+    """Return the share of the factors' variance that lies between contexts, and is taken off.
+
+    The mean of each context, relative to that of all cells, is read as factors like a cell; their
+    squared length, weighed by the contexts' cells, is compared with that of the cells within.
+    """
+    assert encoding.factors is not None
+    panel = encoding.panel
+    sizes = torch.stack([sums[0] for sums in encoding.context_sums])
+    lognorm = torch.stack([sums[1] for sums in encoding.context_sums])  # (contexts, genes)
+    n_cells = sizes.sum().clamp(min=1)
+    means = lognorm / sizes[:, None].clamp(min=1)
+    difference = (means - lognorm.sum(0) / n_cells) / panel.scale
+    factors = difference @ panel.loadings @ panel.posterior  # (contexts, factors)
+    between = float((sizes * factors.square().sum(1)).sum())
+    within = float(np.square(encoding.factors, dtype=np.float64).sum())
+    return between / (between + within) if between + within > 0 else 0.0
+
+
+def _blocks(
+    network: CellPLM, cells: Cells, encoding: Encoding, scale: float
+) -> Iterator[tuple[NDArray[np.int64], RepresentationBlock]]:
+    embedder, panel = network.embedder, encoding.panel
+    assert encoding.factors is not None
+    for number, rows in blocks(cells, network):
+        counts = read_block(cells, rows)
+        expression = embedder.scaled(
+            embedder.begin(counts, panel), panel, encoding.context_sums[number]
+        )
+        yield (
+            rows,
+            RepresentationBlock(
+                torch.from_numpy(scale * encoding.latent[rows]),
+                expression,
+                torch.from_numpy(np.ascontiguousarray(encoding.factors[rows])),
+                panel.loadings,
+                network.config.residual_weight,
+            ),
+        )

@@ -1,0 +1,206 @@
+"""`cp.tl.embed`: the zero-shot embedding."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import _weights
+from .._anndata import build_record, check_slots, read_cells, write_slots
+from .._errors import ContextWarning, OptionError
+from .._inference import encode
+from .._rotation import between_share, known_share, rotate
+from .._settings import logger, settings
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+N_COMPONENTS = 30  # of spectrum models; chosen on the development sets of the pool
+SMALL_CONTEXT = 10  # cells; a smaller context has a mean that says little
+BETWEEN_SHARE = 0.75  # of the factors' variance between contexts, above which contexts look like
+types
+
+
+def embed(
+    adata: AnnData,
+    *,
+    model: str | os.PathLike[str] | _weights.Model = "mini",
+    n_components: int | None = None,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    key_added: str = "X_cellplm",
+    device: str | None = None,
+    random_state: Any = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Embed cells with a pretrained model, without training (Wen et al., ICLR 2024).
+
+    Give the raw counts of a sample, and go on with :func:`scanpy.pp.neighbors` on the result. Cells
+    of one context see each other: name your samples with `batch_key`.
+
+    Parameters
+    ----------
+    adata : AnnData, shape (cells, genes)
+        Counts of human genes in `X`, `layers["counts"]` or `layer`; log-normalised values are led
+        back to counts where that can be done (the record says how). In memory or backed.
+    model : str, path or Model, default "mini"
+        A name of :func:`cellplm_tl.models.available`, a path, or a loaded model.
+    n_components : int, optional
+        Width of the embedding for models with a spectrum (`"mini"`, `"linear_transfer"`); 30 by
+        default. Other models return their latent as it is.
+    layer : str, optional
+        Layer to read instead.
+    gene_key : str, optional
+        Column of `var` with gene names; by default one of Ensembl ids, else `var_names`.
+    batch_key : str, optional
+        Column of `obs` that names each cell's context: a tissue sample, a library, a field of view.
+        By default all cells are one context. Never a cell type: what a context has in common is
+        taken off its cells.
+    spatial_key : str, default "spatial"
+        Key of `obsm` with coordinates, for models with positions.
+    key_added : str, default "X_cellplm"
+        Key of the result; the share known goes to `obs` under the same name without `X_`.
+    device : str, optional
+        `"cpu"`, `"cuda"`, …; by default `cp.settings.device`.
+    random_state : int or numpy generator, default 0
+        Start of the iteration that finds the principal components.
+    copy : bool, default False
+        Return a new AnnData and leave `adata` as it is.
+
+    Returns
+    -------
+    AnnData or None
+        With `copy=True` the new object; else `adata` is changed:
+
+        `obsm[key_added]` : numpy.ndarray, shape (cells, n_components), float32
+            The embedding; Euclidean distances are meant.
+        `obs["cellplm_known"]` : float32, in [0, 1]
+            Models with a spectrum: the share of a cell's (scaled, centred) expression that the
+            factors of the pretraining pool explain. Counting noise is never explained, so 0.05 to
+            0.3 is usual; compare cells and data sets of like depth.
+        `uns["cellplm"][key_added]` : dict
+            The record: what was done, on what, with what.
+
+    Raises
+    ------
+    InputError
+        Not an AnnData, or it holds no counts (:class:`CountsError`), too few known human genes
+        (:class:`GenesError`), or contexts that cannot be read (:class:`ContextError`).
+    SlotError
+        A slot that was named does not exist, or `key_added` is that of an input.
+    OptionError
+        `n_components` is not a positive number, or the model has no spectrum.
+    ModelError
+        The model cannot be found or read.
+
+    Notes
+    -----
+    Released checkpoints: the latent mean of the paper's encoder over each context; the released
+    mixture draws its component at random, here its expectation is taken.
+
+    Models with a spectrum: with z the latent at unit prior variance, f the posterior factors of the
+    measured genes and r what they leave of the scaled expression, the embedding is the principal
+    components over `adata` of [c z, 0.7 r], c giving z the total variance of f. So what the model
+    does not know still separates cells. The whole is a map per cell and sums over contexts; memory
+    does not grow with cells × genes. See the method page.
+
+    Examples
+    --------
+    >>> import scanpy as sc, cellplm_tl as cp
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> cp.tl.embed(adata)
+    >>> adata.obsm["X_cellplm"].shape
+    (700, 30)
+    >>> sc.pp.neighbors(adata, use_rep="X_cellplm")
+    """
+    start = time.perf_counter()
+    parameters = {name: value for name, value in locals().items() if name not in ("adata", "start")}
+    if n_components is not None and (not isinstance(n_components, int) or n_components < 1):
+        raise OptionError(f"n_components must be a positive integer, not {n_components!r}.")
+    known_key = f"{key_added.removeprefix('X_')}_known"
+    loaded = model if isinstance(model, _weights.Model) else _weights.load(model)
+    has_spectrum = loaded.config.embedder == "spectrum"
+    if n_components is not None and not has_spectrum:
+        raise OptionError(
+            f"n_components is for models with a spectrum; {loaded.name!r} returns its latent of "
+            f"{loaded.config.latent_size}. Leave it out."
+        )
+    needs_coordinates = loaded.config.positions != "none"
+    cells = read_cells(
+        adata,
+        loaded.genes,
+        layer=layer,
+        gene_key=gene_key,
+        batch_key=batch_key,
+        spatial_key=spatial_key if needs_coordinates else None,
+    )
+    check_slots(adata, [("obsm", key_added), ("obs", known_key)], cells.slots_read)
+    target = settings.torch_device(device)
+    logger.info(
+        "embedding %d cells in %d contexts with %s: %d genes matched",
+        cells.n_cells,
+        len(cells.contexts),
+        loaded.name,
+        len(cells.genes),
+    )
+
+    encoding = encode(loaded.network, cells, device=target)
+    slots: dict[tuple[str, str], Any] = {("obsm", key_added): encoding.latent}
+    findings: dict[str, Any] = {}
+    if has_spectrum:
+        width = n_components or N_COMPONENTS
+        rng = np.random.default_rng(_seed(random_state))
+        slots["obsm", key_added] = rotate(loaded.network, cells, encoding, width, rng)
+        slots["obs", known_key], findings["known"] = known_share(encoding)
+        between = between_share(loaded.network, encoding)
+        findings["share_between_contexts"] = between
+        _warn_of_contexts(cells, between)
+
+    record = build_record(
+        "embed",
+        model=loaded,
+        parameters=parameters | {"model": loaded.name},
+        cells=cells,
+        device=target,
+        precision=settings.precision,
+        random_state=random_state,
+        seconds=time.perf_counter() - start,
+        **findings,
+    )
+    result = adata.copy() if copy else adata
+    write_slots(result, slots, record, key_added)
+    return result if copy else None
+
+
+def _warn_of_contexts(cells: Any, between_share: float) -> None:
+    """Say when contexts are too small, or look like cell types."""
+    small = sum(len(rows) < SMALL_CONTEXT for rows in cells.contexts)
+    if small and cells.n_cells:
+        warnings.warn(
+            f"{small} of {len(cells.contexts)} contexts have fewer than {SMALL_CONTEXT} cells. A cell "
+            "is compared with the mean of its context, which says little there (a single cell is "
+            "that mean): join small samples, or leave batch_key out.",
+            ContextWarning,
+            stacklevel=3,
+        )
+    if len(cells.contexts) > 2 and between_share > BETWEEN_SHARE:
+        warnings.warn(
+            f"{between_share:.0%} of what the model knows of these cells lies between the contexts, "
+            "and is taken off. If batch_key names cell types or clusters, their differences are gone "
+            "from the embedding: use a column of samples, or none.",
+            ContextWarning,
+            stacklevel=3,
+        )
+
+
+def _seed(random_state: Any) -> Any:
+    """Turn what scanpy takes as a random state into what numpy's generators take."""
+    if isinstance(random_state, np.random.RandomState):
+        return random_state.randint(2**31)
+    return random_state

@@ -1,0 +1,65 @@
+"""Make `mini`, the default model: pretrain on the pool, and store the weights in the package.
+
+    python scripts/make_mini.py
+
+Reads the pool in ../shared/data/pretrain and scripts/mini.toml; about an hour on two cores. A run that
+was interrupted goes on. The spectrum stays in `linear_transfer`, which `mini` shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cellplm_tl as cp
+from cellplm_tl._weights import PACKAGED, WEIGHTS, write_directory
+from cellplm_tl.train.fit import best_of
+from pool_table import pool_table
+
+HERE = Path(__file__).parent
+CARD = HERE / "cards" / "mini.md"
+SHARED = ("loadings", "eigenvalues", "scale", "pool_profile")
+
+
+def main() -> None:
+    """Pretrain, then write the package's model with its card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=HERE / "mini.toml")
+    parser.add_argument("--pool-readme", type=Path, default=HERE / "../../shared/data/README.md")
+    arguments = parser.parse_args()
+    cp.settings.verbosity = 1
+    config = cp.train.PretrainConfig.from_toml(arguments.config)
+    out = Path(config.out)
+    model = cp.models.load(out) if out.exists() else cp.train.pretrain(config)
+    base = cp.models.load("linear_transfer")
+    shared = {
+        "model": "linear_transfer",
+        "sha256": base.sha256,
+        "tensors": [f"embedder.{name}" for name in SHARED],
+    }
+    best = best_of(Path(config.out + ".run"))
+    sets = [Path(file).stem for file in config.files]
+    card = CARD.read_text().format(
+        n_sets=len(sets),
+        n_genes=len(model.genes),
+        parameters=sum(p.numel() for p in model.network.parameters()),
+        step=int(best["step"]),
+        gain=-best["validation"],
+        seed=config.train.seed,
+        spectrum=base.sha256,
+        held_out=", ".join(config.validation),
+        table=pool_table(arguments.pool_readme, sets),
+    )
+    provenance = model.provenance | {
+        "source": "this package: pretrained on its pool",
+        "licence": "BSD-3-Clause",
+        "data": f"{len(sets)} public data sets, listed in card.md",
+        "steps": int(best["step"]),
+    }
+    path = PACKAGED / "mini"
+    write_directory(path, model.network, provenance, card, "float16", shared=shared)
+    print(f"{path / WEIGHTS}: {(path / WEIGHTS).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
