@@ -1,6 +1,4 @@
-"""The embedding of a spectrum model: principal components of latent and residual, block by
-block.
-"""
+"""The embedding of a spectrum model: components of latent and residual, block by block."""
 
 from __future__ import annotations
 

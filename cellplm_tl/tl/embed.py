@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 N_COMPONENTS = 30  # of spectrum models; chosen on the development sets of the pool
 SMALL_CONTEXT = 10  # cells; a smaller context has a mean that says little
-BETWEEN_SHARE = 0.75  # of the factors' variance between contexts, above which contexts look like
-types
+TYPE_LIKE_SHARE = 0.75  # of the factors' variance between contexts: above it they look like types
 
 
 def embed(
@@ -183,17 +182,17 @@ def _warn_of_contexts(cells: Any, between_share: float) -> None:
     small = sum(len(rows) < SMALL_CONTEXT for rows in cells.contexts)
     if small and cells.n_cells:
         warnings.warn(
-            f"{small} of {len(cells.contexts)} contexts have fewer than {SMALL_CONTEXT} cells. A cell "
-            "is compared with the mean of its context, which says little there (a single cell is "
-            "that mean): join small samples, or leave batch_key out.",
+            f"{small} of {len(cells.contexts)} contexts have fewer than {SMALL_CONTEXT} cells. A "
+            "cell is compared with the mean of its context, which says little there (a single cell "
+            "is that mean): join small samples, or leave batch_key out.",
             ContextWarning,
             stacklevel=3,
         )
-    if len(cells.contexts) > 2 and between_share > BETWEEN_SHARE:
+    if len(cells.contexts) > 2 and between_share > TYPE_LIKE_SHARE:
         warnings.warn(
-            f"{between_share:.0%} of what the model knows of these cells lies between the contexts, "
-            "and is taken off. If batch_key names cell types or clusters, their differences are gone "
-            "from the embedding: use a column of samples, or none.",
+            f"{between_share:.0%} of what the model knows of these cells lies between the "
+            "contexts, and is taken off. If batch_key names cell types or clusters, their "
+            "differences are gone from the embedding: use a column of samples, or none.",
             ContextWarning,
             stacklevel=3,
         )
