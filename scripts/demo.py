@@ -2,8 +2,8 @@
 
     ./dev demo
 
-Embeds the PBMCs that scanpy ships (700 cells × 765 genes of 10x 68k PBMC, labelled by bulk profiles),
-beside PCA of the same cells, and draws both. No network, no other file.
+Embeds the PBMCs that scanpy ships (700 cells × 765 genes of 10x 68k PBMC, labelled by bulk
+profiles), beside PCA of the same cells, and draws both. No network, no other file.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/make_mini.py
 
-Reads the pool in ../shared/data/pretrain and scripts/mini.toml; about an hour on two cores. A run that
-was interrupted goes on. The spectrum stays in `linear_transfer`, which `mini` shares.
+Reads the pool in ../shared/data/pretrain and scripts/mini.toml; about an hour on two cores. A run
+that was interrupted goes on. The spectrum stays in `linear_transfer`, which `mini` shares.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pool_table import pool_table
+
 import cellplm_tl as cp
 from cellplm_tl._weights import PACKAGED, WEIGHTS, write_directory
 from cellplm_tl.train.fit import best_of
-from pool_table import pool_table
 
 HERE = Path(__file__).parent
 CARD = HERE / "cards" / "mini.md"
