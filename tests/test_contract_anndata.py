@@ -25,6 +25,7 @@ from numpydoc.docscrape import NumpyDocString
 from scipy import sparse
 
 import cellplm_tl as cp
+from cellplm_tl._anndata import write_slots
 from cellplm_tl._errors import (
     CountsError,
     InputError,
@@ -135,8 +136,9 @@ def assert_close(one: dict[Any, Any], other: dict[Any, Any]) -> None:
         if a.dtype.kind not in "fc":
             np.testing.assert_array_equal(a, b, err_msg=str(slot))
             continue
+        # Principal components of nearly one size mix what rounding leaves: hence 1e-4 of the scale.
         scale = np.nanmax(np.abs(b), initial=0.0)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale, err_msg=str(slot))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * scale, err_msg=str(slot))
 
 
 def sorted_deep(value: Any) -> Any:
@@ -222,8 +224,8 @@ def test_copy_gives_a_new_object_and_leaves_the_old_one_as_it_was(name, cells):
     call(name, cells)
     assert list(slots(new)) == list(slots(cells))
     assert_close(*({s: v for s, v in slots(a).items() if s[0] != "uns"} for a in (new, cells)))
-    new.X[0, 0] = 99
-    assert cells.X[0, 0] != 99
+    new.X.data[0] = 99
+    assert cells.X.data[0] != 99
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in WRITING])
@@ -421,9 +423,13 @@ def test_what_is_no_count_is_an_error_that_names_the_cell(name, value, form, cel
 @each_reading_counts
 def test_scaled_values_are_refused_with_a_pointer(name, pbmc):
     cells = pbmc[::6].copy()
+    cells.raw = cells.copy()
     dense = cells.X.toarray()
     cells.X = (dense - dense.mean(axis=0)) / (dense.std(axis=0) + 1)
-    with pytest.raises(CountsError, match=r"layer=.*\.raw|\.raw.*layer="):
+    with pytest.raises(CountsError, match=r"negative.*adata\.raw\.to_adata\(\)"):
+        call(name, cells)
+    cells.layers["lognorm"] = cells.raw.X
+    with pytest.raises(CountsError, match="'lognorm'.*layer="):
         call(name, cells)
 
 
@@ -500,82 +506,75 @@ def test_the_order_of_genes_does_not_matter(name, pbmc_counts):
 # All or nothing
 
 
-def steps_of(run: Callable[[], Any]) -> set[Any]:
-    """Give the functions of the package (their code) that a call enters."""
-    entered = set()
+def raising_at(reached: Callable[[Any, str], bool]) -> Callable[..., Any]:
+    """Give a trace or profile function that interrupts the program at the first such point."""
 
-    def see(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            entered.add(frame.f_code)
+    def watch(frame: Any, event: str, _: Any) -> Any:
+        if reached(frame, event):
+            raise KeyboardInterrupt
+        return watch
 
-    sys.setprofile(see)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return entered
+    return watch
 
 
 @each_writing
-def test_an_interrupt_at_any_step_leaves_all_or_nothing(name, cells):
-    call(name, after := cells.copy())  # what is loaded once is loaded now
-    steps = steps_of(lambda: call(name, cells.copy()))
-    assert len(steps) > 3
+def test_an_interrupt_before_the_writing_leaves_the_object_as_it_was(name, cells):
+    entered = []  # functions of the package, in their order
+
+    def see(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)) and code not in entered:
+            entered.append(code)
+
     before = cells.copy()
-    n_unchanged = 0
-    for step in steps:
-        cells = before.copy()
-
-        def interrupt(frame: Any, event: str, _: Any, step: Any = step) -> None:
-            if event == "call" and frame.f_code is step:
-                raise KeyboardInterrupt
-
-        sys.setprofile(interrupt)
+    call(name, before.copy())  # what is loaded once is loaded now
+    sys.setprofile(see)
+    call(name, before.copy())
+    sys.setprofile(None)
+    writing = entered.index(write_slots.__code__)
+    for step in {*entered[: writing : writing // 6 + 1], entered[writing]}:
+        sys.setprofile(raising_at(lambda frame, event, step=step: frame.f_code is step))
         try:
             with pytest.raises(KeyboardInterrupt):
                 call(name, cells)
         finally:
             sys.setprofile(None)
-        if list(slots(cells)) != list(slots(after)):  # the steps after the writing: a report
-            assert_unchanged(cells, before)
-            n_unchanged += 1
-    assert n_unchanged > len(steps) / 2
+        assert_unchanged(cells, before)
 
 
 @each_writing
-def test_an_interrupt_at_any_line_of_the_writing_leaves_all_or_nothing(name, cells):
-    before = cells.copy()
-    call(name, after := cells.copy())
-    for n_lines in itertools.count(1):
-        cells = before.copy()
-        sys.settrace(interrupt_after(n_lines, "write_slots"))
+@pytest.mark.parametrize("form", ["object", "view"])
+def test_an_interrupt_at_any_line_of_the_writing_leaves_all_or_nothing(
+    name, form, cells, monkeypatch
+):
+    module = sys.modules[FUNCTIONS[name].__module__]
+    monkeypatch.setattr(module, "write_slots", lambda *given: written.append(given[1:]))
+    written: list[Any] = []
+    call(name, cells)
+    (arguments,) = written
+    write_slots(after := cells.copy(), *arguments)
+
+    def at_line(number: int) -> Callable[..., Any]:
+        file, lines = write_slots.__code__.co_filename, itertools.count()
+        return raising_at(
+            lambda frame, event: (
+                event == "line" and frame.f_code.co_filename == file and next(lines) == number
+            )
+        )
+
+    for n_lines in itertools.count():
+        target = cells.copy() if form == "object" else cells[:]
+        sys.settrace(at_line(n_lines))
         try:
-            call(name, cells)
+            write_slots(target, *arguments)
             break  # it has fewer lines than this
         except KeyboardInterrupt:
             pass
         finally:
             sys.settrace(None)
-        if list(slots(cells)) != list(slots(after)):
-            assert_unchanged(cells, before)
-    assert n_lines > 3
-
-
-def interrupt_after(n_lines: int, function: str) -> Callable[..., Any]:
-    """Give a trace function that raises when a function of the package reaches its n-th line."""
-    left = n_lines
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(str(PACKAGE)):
-            return None
-        if frame.f_code.co_name == function and event == "line":
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    return trace
+        if set(slots(target)) != set(slots(after)):
+            assert_unchanged(target, cells if form == "object" else cells[:])
+    assert n_lines > 10
 
 
 @each_writing
