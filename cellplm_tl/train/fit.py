@@ -141,7 +141,7 @@ def fit(
             last = run.step == config.steps
             if validate is not None and (run.step % config.validate_every == 0 or last):
                 run.validated(validate)
-            if run.step % config.save_every == 0 or last:
+            if run.step % config.save_every == 0 or last or run.stale >= config.patience:
                 run.save()
     run.finish(keep_best=validate is not None)
     return network
@@ -155,7 +155,14 @@ def best_of(folder: Path) -> dict[str, float]:
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return [
+            {
+                key: int(value) if key == "step" else float(value)
+                for key, value in row.items()
+                if value
+            }
+            for row in csv.DictReader(file)
+        ]
 
 
 class _Run:

@@ -40,7 +40,7 @@ class PretrainConfig:
     batch_key : str
         Column of `obs` that names the contexts of a file; a file without it is one context.
     weights : dict of str to float
-        Relative chance of a file (by its stem) to be drawn; 1 where absent.
+        Factors, by a file's stem, on its chance to be drawn, which goes with the root of its cells.
     start : str, optional
         Model whose spectrum and genes the network is built on (`embedder="spectrum"`).
     network : dict
@@ -317,7 +317,10 @@ def _sources(config: PretrainConfig, genes: Sequence[str]) -> tuple[list[Source]
         columns = anndata.read_h5ad(file, backed="r").obs.columns
         batch_key = config.batch_key if config.batch_key in columns else None
         files.append((file, batch_key, config.weights.get(Path(file).stem, 1.0)))
-    sources = read_sources(files, genes)
+    sources = [
+        replace(source, weight=source.weight * source.cells.n_cells**0.5)
+        for source in read_sources(files, genes)
+    ]
     for source in sources:
         logger.info(
             "%s: %d cells, %d genes, %d contexts",

@@ -51,7 +51,7 @@ def test_it_learns_to_predict_hidden_counts(files, tmp_path):
     run = config(files, tmp_path / "model", validation=("half1",))
     model = cp.train.pretrain(run)
     rows = np.genfromtxt(tmp_path / "model.run/log.csv", delimiter=",", names=True)
-    assert rows["reconstruction"][-10:].mean() < 0.9 * rows["reconstruction"][:10].mean()
+    assert rows["gain"][-10:].mean() > rows["gain"][:5].mean() + 0.5
     assert {"latent", "components", "components_in_use", "gain"} <= set(rows.dtype.names)
     assert rows["components_in_use"][-1] > 1
     assert model.provenance["run"]["files"] == ["half0.h5ad", "half1.h5ad"]
@@ -64,7 +64,7 @@ def test_the_paper_s_variants_train(files, tmp_path):
     ):
         run = config(files[:1], tmp_path / str(number), network=SMALL | change)
         run = dataclasses.replace(run, train=cp.train.TrainConfig(steps=2))
-        assert np.isfinite(cp.train.pretrain(run).network.embedder.table.detach()).all()
+        assert cp.train.pretrain(run).network.embedder.table.isfinite().all()
 
 
 def test_from_the_spectrum(files, tmp_path):
