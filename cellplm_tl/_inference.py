@@ -368,7 +368,7 @@ def _converted(network: CellPLM, device: torch.device, precision: str) -> CellPL
 
     With precision "bf16" matrix products take bfloat16; all else stays float32.
     """
-    tensors: dict[int, Any] = {}
+    shared: dict[int, Any] = {id(network.config): network.config}
     for module in network.modules():
         in_products = isinstance(module, Linear | TableEmbedder)
         dtype = torch.bfloat16 if precision == "bf16" and in_products else None
@@ -378,8 +378,8 @@ def _converted(network: CellPLM, device: torch.device, precision: str) -> CellPL
             converted = tensor.detach().to(device=device, dtype=dtype)
             if isinstance(tensor, nn.Parameter):
                 converted = nn.Parameter(converted, requires_grad=False)
-            tensors[id(tensor)] = converted
-    return copy.deepcopy(network, tensors).eval()
+            shared[id(tensor)] = converted
+    return copy.deepcopy(network, shared).eval()
 
 
 def _progress_bar(n_cells: int) -> tqdm:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .linear import Linear
+from .linear import Linear, linear
 
 EPSILON = 1e-6  # e above, added to every entry (the release)
 COMPETITION_CLIP = 1.0  # bound of the competition's logit (the release)
@@ -85,7 +85,9 @@ class FlowAttention(nn.Module):
         incoming = _dot(q, keys).reciprocal()
         allocation = _dot(q, kept_keys).sigmoid()  # (cells, heads)
         share = allocation * incoming * (n_cells / total)
-        return torch.einsum("chd,hde->che", q * share[:, :, None], memory).flatten(1)
+        shared = q * share[:, :, None]
+        # Head by head: PyTorch's batched product is half as fast on a CPU (see linear.py).
+        return torch.cat([linear(shared[:, h], memory[h].T) for h in range(self.heads)], 1)
 
     def output(self, block: Projected, context: Sums) -> Tensor:
         """Return what attention adds to the block's cells, (cells, hidden)."""

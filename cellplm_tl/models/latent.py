@@ -180,7 +180,7 @@ class MixtureReleaseLatent(nn.Module):
         # mu is affine in t, so the mean of mu(t) over y is mu of the mean of t.
         t = torch.zeros_like(base)
         for k in range(y.shape[1]):
-            t = t + y[:, k : k + 1] * (base + from_y[:, k]).relu()
+            t = t.addcmul(y[:, k : k + 1], (base + from_y[:, k]).relu())
         return Posterior(self.mean(t), F.softplus(self.variance(t)), logits, y)
 
     def sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
