@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Matrix:
     def rows(self, rows: Rows) -> sp.csr_matrix:
         """Give some rows, in the order asked for.
 
-        No entry is there twice; columns need not be sorted, and zeros may be among the entries.
+        Columns ascend and no entry is there twice; zeros may be among the entries.
         The arrays may be those of the user: they are not to be written to.
         """
         return _as_csr(self._read(as_slice(rows, self.shape[0])), self.shape[1])
@@ -103,14 +104,17 @@ def _reader(adata: Any, layer: str | None) -> tuple[Callable[[Rows], Any], bool]
     if getattr(stored, "format", None) == "csc":
         whole = _stored(adata, layer)
         matrix = sp.csr_matrix(whole.to_memory() if hasattr(whole, "to_memory") else whole)
-        return lambda rows: _rows_of_csr(matrix, rows), True
+        return partial(_rows_of_csr, matrix), True
+    read: Callable[[Rows], Any]
     if sp.issparse(stored):
         matrix = stored if stored.format == "csr" else sp.csr_matrix(stored)
-        read, in_memory = (lambda rows: _rows_of_csr(matrix, rows)), True
+        read, in_memory = partial(_rows_of_csr, matrix), True
     elif isinstance(stored, np.ndarray):
         read, in_memory = stored.__getitem__, True
     else:  # a file's, or lazy
-        read, in_memory = (lambda rows: _read_runs(stored.__getitem__, rows)), False
+        is_dense_file = not hasattr(stored, "format") and not hasattr(stored, "compute")
+        part = partial(_read_runs, stored) if is_dense_file else stored.__getitem__
+        read, in_memory = partial(_read_ascending, part), False
     if not adata.is_view:
         return read, in_memory
     rows_of_view = np.arange(owner.n_obs)[adata._oidx]
@@ -151,18 +155,21 @@ def _rows_of_csr(matrix: Any, rows: Rows) -> sp.csr_matrix:
     return csr_around(matrix.data[entries], matrix.indices[entries], offsets, n_columns)
 
 
-def _read_runs(read: Callable[[Rows], Any], rows: Rows) -> sp.csr_matrix:
-    """Rows of something that is read best in ascending slices, in any order asked for."""
+def _read_ascending(read: Callable[[Rows], Any], rows: Rows) -> Any:
+    """Read rows, in any order asked for, from what gives them in ascending order only."""
     if isinstance(rows, slice):
         return read(rows)
     wanted, back = np.unique(rows, return_inverse=True)
-    is_cut = (np.diff(wanted) > MAX_GAP) | (np.diff(wanted // MAX_RUN) > 0)
-    runs = np.split(wanted, np.flatnonzero(is_cut) + 1)
-    parts = [_in_memory(read(slice(run[0], run[-1] + 1)))[run - run[0]] for run in runs if len(run)]
-    if not parts:
-        return read(slice(0, 0))
-    together = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
-    return together[back]
+    return _in_memory(read(wanted))[back]
+
+
+def _read_runs(array: Any, rows: Rows) -> NDArray:
+    """Read ascending rows of a dense array on disk by slices; h5py is slow at all else."""
+    if isinstance(rows, slice) or not len(rows):
+        return array[rows if isinstance(rows, slice) else slice(0, 0)]
+    is_cut = (np.diff(rows) > MAX_GAP) | (np.diff(rows // MAX_RUN) > 0)
+    runs = np.split(rows, np.flatnonzero(is_cut) + 1)
+    return np.concatenate([array[run[0] : run[-1] + 1][run - run[0]] for run in runs])
 
 
 def _in_memory(block: Any) -> Any:
@@ -171,12 +178,11 @@ def _in_memory(block: Any) -> Any:
 
 
 def _as_csr(block: Any, n_columns: int) -> sp.csr_matrix:
-    """Bring a block of any form to CSR without duplicate entries, of a type that scipy knows."""
+    """Bring a block of any form to CSR, sorted and without duplicate entries."""
     block = _in_memory(block)
     if not sp.issparse(block):
         return _csr_of_dense(np.asarray(block))
-    if block.format != "csr":
-        return sp.csr_matrix(block)
+    block = block.tocsr()  # itself, if it is that already
     block = csr_around(block.data, block.indices, block.indptr, n_columns)
     if not block.has_canonical_format:
         block = block.copy()

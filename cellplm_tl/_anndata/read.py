@@ -395,7 +395,7 @@ def _select(block: sp.csr_matrix, columns: Columns) -> sp.csr_matrix:
     selected, gene_of = columns.selected, columns.gene_of
     if np.array_equal(selected, np.arange(block.shape[1])):
         part = block
-    elif block.has_sorted_indices and (np.diff(selected) > 0).all():
+    elif (np.diff(selected) > 0).all():
         part = block[:, selected]
     else:
         # Through CSC and back: it sorts in linear time, which sort_indices does not.
@@ -405,6 +405,4 @@ def _select(block: sp.csr_matrix, columns: Columns) -> sp.csr_matrix:
         genes = gene_of.astype(part.indices.dtype)[part.indices]
         part = csr_around(values, genes, part.indptr.copy(), len(columns.genes))
         part.sum_duplicates()
-    elif not part.has_sorted_indices:
-        part = part.sorted_indices()
     return part
