@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    cp.settings.verbosity = 0
     if options.leiden_seeds < 2:
         parser.error("--leiden-seeds must be 2 or more: a spread needs two")
 
