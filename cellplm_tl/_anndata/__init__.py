@@ -2,9 +2,10 @@
 
 Reading top to bottom: :mod:`.matrix` gives rows of a matrix of any form, :mod:`.state` finds what
 its values are and leads back to counts, :mod:`.columns` matches columns to genes, :mod:`.contexts`
-reads contexts and coordinates; :mod:`.read` puts them together, :mod:`.write` is the way back.
+reads contexts and coordinates; :mod:`.read` puts them together (:mod:`.files` for files), :mod:`.write` is the way back.
 """
 
+from cellplm_tl._anndata.files import read_file, read_gene_ids
 from cellplm_tl._anndata.read import (
     Cells,
     CountBlock,
@@ -20,7 +21,9 @@ __all__ = [
     "build_record",
     "check_slots",
     "read_cells",
+    "read_file",
     "read_gene_counts",
+    "read_gene_ids",
     "read_gene_names",
     "write_slots",
 ]

@@ -58,7 +58,11 @@ class Cells:
     coordinates
         Shape ``(cells, 2)``, or None.
     input_state
-        In which state the input was found, what became of it and what is lost: plain values.
+        In which state the input was found and what became of it, as plain values: `kind`,
+        `read_from`, `counts` (as stored, recovered, inverted), `n_cells_sampled`; where it is so:
+        `transform`, `decimals` or `relative_tolerance`, `median_total` before the log,
+        `on_grid_share` of cells, `exact_share` of values, `scaled_to_total`, `chosen_because`,
+        `fractional_share`, `lost` in words, `state_of_X`, `layers_counts`.
     gene_summary
         Numbers of columns used, unmatched and summed, coverage, statuses: plain values.
     slots_read
