@@ -35,6 +35,7 @@ from .models.position import grid_positions
 # Cells of a block. More are not faster on a CPU, and fall out of its cache; a GPU wants many.
 BLOCK_CELLS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 MIN_BLOCK_CELLS = 16
+STATE_SHARE = 0.65  # of the budget, for what is kept of all cells
 BLOCK_SHARE = 0.25  # of the budget, for what a block needs while it is computed: at most
 BLOCK_VECTORS = 16  # vectors per cell,
 ENTRY_BYTES = 24  # and bytes for each of its genes with counts
@@ -261,7 +262,7 @@ class _Kept:
 
     def read(self, span: slice) -> tuple[Tensor, ...] | None:
         """Return a block, if it was kept."""
-        if span.stop > self._n_cells:
+        if span.start >= self._n_cells:
             return None
         return tuple(buffer[span] for buffer in self._buffers)
 
@@ -278,14 +279,12 @@ class _Workspace:
             device_room = int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
         self.block_cells = _block_cells(network, cells, device.type, min(budget, device_room))
 
-        width = _hidden_width(network)
+        width = network.config.hidden
         largest = max((len(rows) for rows in cells.contexts), default=0)
         hidden_bytes = FLOAT_BYTES * width * largest
         output_bytes = FLOAT_BYTES * cells.n_cells * network.config.latent_size
-        free = 1 - BLOCK_SHARE
-        host_room, device_room = int(free * budget) - output_bytes, int(free * device_room)
-        if device.type != "cuda":
-            device_room = host_room
+        host_room = int(STATE_SHARE * budget) - output_bytes
+        device_room = int(STATE_SHARE * device_room) if device.type == "cuda" else host_room
         shape = (largest, width)
         if hidden_bytes <= device_room:
             self.hidden = _allocate(shape, device)
@@ -300,16 +299,10 @@ class _Workspace:
 
 def _block_cells(network: CellPLM, cells: Cells, device_type: str, room: int) -> int:
     """Return how many cells a block has."""
-    vectors = FLOAT_BYTES * BLOCK_VECTORS * max(network.config.hidden, _hidden_width(network))
+    vectors = FLOAT_BYTES * BLOCK_VECTORS * network.config.hidden
     per_cell = vectors + ENTRY_BYTES * len(cells.genes)
     most = BLOCK_CELLS.get(device_type, BLOCK_CELLS["cpu"])
     return int(np.clip(BLOCK_SHARE * room / per_cell, MIN_BLOCK_CELLS, most))
-
-
-def _hidden_width(network: CellPLM) -> int:
-    """Return the width of a hidden vector; without an encoder it is that of the factors."""
-    config = network.config
-    return config.factors if config.encoder == "none" else config.hidden
 
 
 def _spans(n_cells: int, block_cells: int) -> list[slice]:
