@@ -64,6 +64,8 @@ def rotate(
 def latent_scale(encoding: Encoding) -> float:
     """Return the factor that gives the latent the total variance of the factors."""
     assert encoding.factors is not None
+    if not len(encoding.latent):
+        return 1.0
     latent = float(encoding.latent.var(0, dtype=np.float64).sum())
     factors = float(encoding.factors.var(0, dtype=np.float64).sum())
     return (factors / latent) ** 0.5 if latent > 0 else 1.0

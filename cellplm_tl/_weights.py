@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
@@ -188,9 +189,9 @@ def save(
         Plain values on how the model was made; by default those that the model came with.
     card : str, optional
         Text of `card.md`.
-    dtype : {"float32", "float16"}
+    dtype : {"float32", "float16"}, default "float32"
         Of the stored matrices; vectors are always float32.
-    overwrite : bool
+    overwrite : bool, default False
         Replace the three files in a directory that exists. Other files there are left alone.
 
     Returns
@@ -473,7 +474,8 @@ def _load_release(checkpoint: Path) -> Model:
         )
     values = _read_json(config_path)
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways; none of them may run code
         raise WeightsError(
             f"{checkpoint} cannot be read as plain tensors ({type(error).__name__}: {error}). "
@@ -490,6 +492,16 @@ def _load_release(checkpoint: Path) -> Model:
     _fill(network, tensors, checkpoint)
     provenance = {"source": "OmicsML/CellPLM", "licence": "BSD-2-Clause", "format": "release"}
     return Model(network.eval(), prefix, _sha256(checkpoint), provenance)
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return what a pickled numpy number needs: checkpoints hold losses and epochs beside
+    weights."""
+    names = ("bool", "int32", "int64", "float32", "float64")
+    dtypes: list[Any] = [type(np.dtype(name)) for name in names]
+    reconstruct = np.float64(0).__reduce__()[0]
+    # numpy 1 pickles under another module name than numpy 2.
+    return [*dtypes, np.dtype, reconstruct, (reconstruct, "numpy.core.multiarray.scalar")]
 
 
 def release_config(values: dict[str, Any], path: Path) -> CellPLMConfig:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from pool_table import pool_table
 
 import cellplm_tl as cp
-from cellplm_tl._weights import PACKAGED, WEIGHTS, write_directory
+from cellplm_tl._anndata import read_file
+from cellplm_tl._inference import encode
+from cellplm_tl._weights import PACKAGED, WEIGHTS, Model, write_directory
 from cellplm_tl.train.fit import best_of
 
 HERE = Path(__file__).parent
@@ -40,12 +43,14 @@ def main() -> None:
     }
     best = best_of(Path(config.out + ".run"))
     sets = [Path(file).stem for file in config.files]
+    in_use = components_in_use(model, config)
     card = CARD.read_text().format(
         n_sets=len(sets),
         n_genes=len(model.genes),
         parameters=sum(p.numel() for p in model.network.parameters()),
         step=int(best["step"]),
         gain=-best["validation"],
+        in_use=in_use,
         seed=config.train.seed,
         spectrum=base.sha256,
         held_out=", ".join(config.validation),
@@ -56,10 +61,23 @@ def main() -> None:
         "licence": "BSD-3-Clause",
         "data": f"{len(sets)} public data sets, listed in card.md",
         "steps": int(best["step"]),
+        "components_in_use": round(in_use, 1),
     }
     path = PACKAGED / "mini"
     write_directory(path, model.network, provenance, card, "float16", shared=shared)
     print(f"{path / WEIGHTS}: {(path / WEIGHTS).stat().st_size / 1e6:.1f} MB")
+
+
+def components_in_use(model: Model, config: cp.train.PretrainConfig) -> float:
+    """Return how many components hold the pool's cells: exp of the entropy of their mean q(y|z)."""
+    usage = []
+    for file in config.files:
+        cells = read_file(file, model.genes, batch_key=config.batch_key)
+        latent = torch.from_numpy(encode(model.network, cells).latent)
+        with torch.no_grad():
+            usage.append(model.network.latent.components(latent).mean(0))
+    mean = torch.stack(usage).mean(0)
+    return float((-(mean * mean.clamp(min=1e-12).log()).sum()).exp())
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ def test_further_entries_are_left_alone(released):
         content["epoch"] = 7
         content["optimizer_state_dict"] = {"state": {0: {"step": torch.tensor(3.0)}}}
         content["history"] = [("loss", 0.3), None, "text"]
+        content["best"] = {"loss": np.float64(0.3), "epoch": np.int64(4), "done": np.bool_(True)}
 
     plain = _weights.load(GOLDEN / "golden_vae")
     assert_same(plain.network, _weights.load(released("vae", edit)).network)

@@ -2,7 +2,8 @@
 
 Reading top to bottom: :mod:`.matrix` gives rows of a matrix of any form, :mod:`.state` finds what
 its values are and leads back to counts, :mod:`.columns` matches columns to genes, :mod:`.contexts`
-reads contexts and coordinates; :mod:`.read` puts them together (:mod:`.files` for files), :mod:`.write` is the way back.
+reads contexts and coordinates; :mod:`.read` puts them together (:mod:`.files` for files),
+:mod:`.write` is the way back.
 """
 
 from cellplm_tl._anndata.files import read_file, read_gene_ids

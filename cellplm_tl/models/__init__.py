@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .config import CellPLMConfig
 from .embedder import Counts
-from .network import CellPLM, Encoded
+from .network import CellPLM
 
-__all__ = ["CellPLM", "CellPLMConfig", "Counts", "Encoded"]
+__all__ = ["CellPLM", "CellPLMConfig", "Counts"]

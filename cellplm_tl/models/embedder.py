@@ -35,12 +35,33 @@ SLICE_WIDTH = 64  # of the gene table: that of 13,000 genes lies in a core's sec
 
 
 class Counts(NamedTuple):
-    """One block of cells of one context, as a CSR matrix over the measured genes."""
+    """One block of cells of one context, as a CSR matrix over the measured genes.
 
-    values: Tensor  # (entries,) float32: counts
-    columns: Tensor  # (entries,) int: position of an entry's gene in `genes`
-    offsets: Tensor  # (cells + 1,) int: where a cell's entries begin
-    library_size: Tensor  # (cells,) float32: counts of a cell over all measured genes
+    Parameters
+    ----------
+    values : Tensor, shape (entries,), float32
+        Counts.
+    columns : Tensor, shape (entries,), int
+        Position of an entry's gene among the measured genes.
+    offsets : Tensor, shape (cells + 1,), int
+        Where a cell's entries begin.
+    library_size : Tensor, shape (cells,), float32
+        Counts of a cell over all genes that the data measure.
+
+    Examples
+    --------
+    >>> import torch, cellplm_tl as cp
+    >>> counts = cp.models.Counts(
+    ...     values=torch.tensor([1.0, 2.0, 5.0]), columns=torch.tensor([0, 1, 1]),
+    ...     offsets=torch.tensor([0, 2, 3]), library_size=torch.tensor([3.0, 5.0]))
+    >>> counts.n_cells
+    2
+    """
+
+    values: Tensor
+    columns: Tensor
+    offsets: Tensor
+    library_size: Tensor
 
     @property
     def n_cells(self) -> int:

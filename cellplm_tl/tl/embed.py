@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +30,8 @@ TYPE_LIKE_SHARE = 0.3
 def embed(
     adata: AnnData,
     *,
-    model: str | os.PathLike[str] | _weights.Model = "mini",
     n_components: int | None = None,
+    model: str | os.PathLike[str] | _weights.Model = "mini",
     layer: str | None = None,
     gene_key: str | None = None,
     batch_key: str | None = None,
@@ -50,11 +51,11 @@ def embed(
     adata : AnnData, shape (cells, genes)
         Counts of human genes in `X`, `layers["counts"]` or `layer`; log-normalised values are led
         back to counts where that can be done (the record says how). In memory or backed.
-    model : str, path or Model, default "mini"
-        A name of :func:`cellplm_tl.models.available`, a path, or a loaded model.
     n_components : int, optional
         Width of the embedding for models with a spectrum (`"mini"`, `"linear_transfer"`); 30 by
         default. Other models return their latent as it is.
+    model : str, path or Model, default "mini"
+        A name of :func:`cellplm_tl.models.available`, a path, or a loaded model.
     layer : str, optional
         Layer to read instead.
     gene_key : str, optional
@@ -122,9 +123,9 @@ def embed(
     """
     start = time.perf_counter()
     parameters = {name: value for name, value in locals().items() if name not in ("adata", "start")}
-    if n_components is not None and (not isinstance(n_components, int) or n_components < 1):
+    if n_components is not None and not (isinstance(n_components, Integral) and n_components > 0):
         raise OptionError(f"n_components must be a positive integer, not {n_components!r}.")
-    known_key = f"{key_added.removeprefix('X_')}_known"
+    known_key = f"{str(key_added).removeprefix('X_')}_known"
     loaded = model if isinstance(model, _weights.Model) else _weights.load(model)
     has_spectrum = loaded.config.embedder == "spectrum"
     if n_components is not None and not has_spectrum:
@@ -140,6 +141,7 @@ def embed(
         gene_key=gene_key,
         batch_key=batch_key,
         spatial_key=spatial_key if needs_coordinates else None,
+        need_coordinates=needs_coordinates,
     )
     check_slots(adata, [("obsm", key_added), ("obs", known_key)], cells.slots_read)
     target = settings.torch_device(device)
@@ -155,7 +157,7 @@ def embed(
     slots: dict[tuple[str, str], Any] = {("obsm", key_added): encoding.latent}
     findings: dict[str, Any] = {}
     if has_spectrum:
-        width = n_components or N_COMPONENTS
+        width = int(n_components or N_COMPONENTS)
         rng = np.random.default_rng(_seed(random_state))
         slots["obsm", key_added] = rotate(loaded.network, cells, encoding, width, rng)
         slots["obs", known_key], findings["known"] = known_share(encoding)

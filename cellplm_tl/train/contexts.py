@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._anndata import Cells, CountBlock, read_cells
+from .._anndata import Cells, CountBlock
 from ..models import Counts
 
 
@@ -64,6 +63,13 @@ class Corruption:
         Smallest and largest context, drawn log-uniformly.
     n_targets : int
         Largest number of target genes in a step, drawn at random among those measured.
+
+    Examples
+    --------
+    >>> import cellplm_tl as cp
+    >>> masks_of_the_paper = cp.train.Corruption(thin=0.0, panel=0.0, depth=0.0)
+    >>> masks_of_the_paper.cell_mask_rate, masks_of_the_paper.gene_mask_rate
+    (0.75, 0.25)
     """
 
     thin: float = 0.5
@@ -89,33 +95,6 @@ class Example(NamedTuple):
     target: Tensor  # (cells, targets) counts
     weights: Tensor  # (cells, targets) 1 where hidden
     target_total: Tensor  # (cells,) library size of the hidden counts
-
-
-def read_sources(
-    files: Sequence[tuple[str, str | None, float]],
-    genes: Sequence[str],
-    *,
-    spatial_key: str = "spatial",
-) -> list[Source]:
-    """Read h5ad files as sources, in memory.
-
-    Parameters
-    ----------
-    files : sequence of (path, batch_key or None, weight)
-        The data sets.
-    genes : sequence of str
-        The model's genes.
-    spatial_key : str
-        Where coordinates are, if anywhere.
-    """
-    import anndata
-
-    sources = []
-    for path, batch_key, weight in files:
-        adata = anndata.read_h5ad(path)
-        cells = read_cells(adata, genes, batch_key=batch_key, spatial_key=spatial_key)
-        sources.append(Source(Path(path).stem, cells, weight))
-    return sources
 
 
 def draw_example(
@@ -161,11 +140,12 @@ def hide(
         library = np.bincount(of_entry, kept, n_cells)
     else:
         masked_cells = rng.random(n_cells) < corruption.cell_mask_rate
-        weights = (rng.random(target.shape) < corruption.gene_mask_rate) & masked_cells[:, None]
+        is_hidden = (rng.random(target.shape) < corruption.gene_mask_rate) & masked_cells[:, None]
         elsewhere = (rng.random(len(of_entry)) < corruption.gene_mask_rate) & masked_cells[of_entry]
-        is_masked = np.where(is_target, weights[of_entry, np.maximum(at, 0)], elsewhere)
+        is_masked = np.where(is_target, is_hidden[of_entry, np.maximum(at, 0)], elsewhere)
         kept = np.where(is_masked, 0, block.values).astype(np.float32)
         target[of_entry[is_target], at[is_target]] = block.values[is_target]
+        weights = is_hidden.astype(np.float32)
         target_total = library = np.asarray(block.library_size, float)
 
     # A panel measures fewer genes; the others are neither read nor part of the library.
@@ -199,7 +179,7 @@ def hide(
         None if coordinates is None else torch.from_numpy(coordinates[rows]),
         torch.from_numpy(cells.gene_index[targets]),
         torch.from_numpy(target),
-        torch.from_numpy(weights.astype(np.float32)),
+        torch.from_numpy(weights),
         torch.from_numpy(np.asarray(target_total, np.float32)),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import _weights
+from .._anndata import read_file, read_gene_ids
 from .._errors import OptionError, TrainingError
 from .._settings import logger
 from ..models import CellPLM, CellPLMConfig
-from .contexts import Corruption, Example, Source, draw_example, read_sources
+from .contexts import Corruption, Example, Source, draw_example
 from .fit import Terms, TrainConfig, fit
 from .objective import explained_likelihood, reconstruction
 
@@ -179,8 +181,12 @@ def build(config: PretrainConfig) -> CellPLM:
     if config.start is None:
         return CellPLM(CellPLMConfig(genes=tuple(_union_of_genes(config)), **config.network))
     start = _weights.load(config.start).network
-    spectrum = {"embedder": "spectrum", "factors": start.config.factors}
-    values = {**spectrum, "noise": start.config.noise, "latent_size": start.config.factors}
+    values: dict[str, Any] = {
+        "embedder": "spectrum",
+        "factors": start.config.factors,
+        "noise": start.config.noise,
+        "latent_size": start.config.factors,
+    }
     network = CellPLM(CellPLMConfig(genes=start.config.genes, **(values | config.network)))
     network.embedder.load_state_dict(start.embedder.state_dict(), strict=False)
     return network
@@ -310,41 +316,27 @@ def _seed_weights(network: CellPLM, config: PretrainConfig) -> None:
 
 
 def _sources(config: PretrainConfig, genes: Sequence[str]) -> tuple[list[Source], list[Source]]:
-    import anndata
-
-    files = []
+    """Read the files, and tell those to train on from those held out."""
+    sources = []
     for file in config.files:
-        columns = anndata.read_h5ad(file, backed="r").obs.columns
-        batch_key = config.batch_key if config.batch_key in columns else None
-        files.append((file, batch_key, config.weights.get(Path(file).stem, 1.0)))
-    sources = [
-        replace(source, weight=source.weight * source.cells.n_cells**0.5)
-        for source in read_sources(files, genes)
-    ]
-    for source in sources:
+        name, cells = Path(file).stem, read_file(file, genes, batch_key=config.batch_key)
+        weight = config.weights.get(name, 1.0) * cells.n_cells**0.5
+        sources.append(Source(name, cells, weight))
         logger.info(
             "%s: %d cells, %d genes, %d contexts",
-            source.name,
-            source.cells.n_cells,
-            len(source.cells.genes),
-            len(source.cells.contexts),
+            name,
+            cells.n_cells,
+            len(cells.genes),
+            len(cells.contexts),
         )
     held_out = [source for source in sources if source.name in config.validation]
-    return [source for source in sources if source not in held_out], held_out
+    return [source for source in sources if source.name not in config.validation], held_out
 
 
 def _union_of_genes(config: PretrainConfig) -> list[str]:
     """Return the genes that enough files measure, sorted."""
-    import anndata
-
-    from .._genes import choose_gene_names, resolve
-
-    seen: dict[str, int] = {}
-    for file in config.files:
-        names, _ = choose_gene_names(anndata.read_h5ad(file, backed="r").var, None)
-        for gene in set(resolve(names).gene_ids) - {""}:
-            seen[gene] = seen.get(gene, 0) + 1
-    return sorted(gene for gene, files in seen.items() if files >= config.min_files)
+    seen = Counter(gene for file in config.files for gene in read_gene_ids(file))
+    return sorted(gene for gene, n_files in seen.items() if n_files >= config.min_files)
 
 
 def _check(config: PretrainConfig) -> None:

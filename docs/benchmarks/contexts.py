@@ -2,8 +2,8 @@
 
     ./dev bench contexts
 
-The share tells samples from types well enough to warn (`TYPE_LIKE_SHARE` in cellplm_tl/tl/embed.py).
-Reads the data of ../shared; writes contexts.md beside this file.
+The share tells samples from types well enough to warn (`TYPE_LIKE_SHARE` in
+cellplm_tl/tl/embed.py). Reads the data of ../shared; writes contexts.md beside this file.
 """
 
 from __future__ import annotations
