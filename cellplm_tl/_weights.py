@@ -495,8 +495,7 @@ def _load_release(checkpoint: Path) -> Model:
 
 
 def _numpy_scalars() -> list[Any]:
-    """Return what a pickled numpy number needs: checkpoints hold losses and epochs beside
-    weights."""
+    """Return what a pickled numpy number needs: checkpoints may hold losses beside weights."""
     names = ("bool", "int32", "int64", "float32", "float64")
     dtypes: list[Any] = [type(np.dtype(name)) for name in names]
     reconstruct = np.float64(0).__reduce__()[0]
@@ -575,7 +574,8 @@ def rename_release(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _build(make_config: Callable[[], CellPLMConfig], path: Path) -> CellPLM:
     try:
-        return CellPLM(make_config())
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and overwritten
+            return CellPLM(make_config())
     except WeightsError:
         raise
     except KeyError as error:

@@ -160,7 +160,6 @@ def pretrain(config: PretrainConfig) -> _weights.Model:
     _check(config)
     network = build(config)
     training, held_out = _sources(config, network.config.genes)
-    _seed_weights(network, config)
     if network.config.latent == "mixture":
         place_components(network, training, config)
     validate = partial(validation_loss, sources=held_out, config=config) if held_out else None
@@ -177,18 +176,20 @@ def pretrain(config: PretrainConfig) -> _weights.Model:
 
 
 def build(config: PretrainConfig) -> CellPLM:
-    """Make the network of a run, from its start model where it has one."""
-    if config.start is None:
-        return CellPLM(CellPLMConfig(genes=tuple(_union_of_genes(config)), **config.network))
-    start = _weights.load(config.start).network
-    values: dict[str, Any] = {
-        "embedder": "spectrum",
-        "factors": start.config.factors,
-        "noise": start.config.noise,
-        "latent_size": start.config.factors,
-    }
-    network = CellPLM(CellPLMConfig(genes=start.config.genes, **(values | config.network)))
-    network.embedder.load_state_dict(start.embedder.state_dict(), strict=False)
+    """Make the network of a run, from its start model where it has one, and from its seed."""
+    values: dict[str, Any] = {}
+    start = None if config.start is None else _weights.load(config.start).network
+    if start is None:
+        genes = tuple(_union_of_genes(config))
+    else:
+        genes, factors = start.config.genes, start.config.factors
+        values = {"embedder": "spectrum", "factors": factors, "latent_size": factors}
+        values["noise"] = start.config.noise
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        network = CellPLM(CellPLMConfig(genes=genes, **(values | config.network)))
+    if start is not None:
+        network.embedder.load_state_dict(start.embedder.state_dict(), strict=False)
     return network
 
 
@@ -302,17 +303,6 @@ def _profile(network: CellPLM, profile: Tensor | None, example: Example) -> Tens
     if profile is None:
         return None
     return network.embedder.background(profile, example.genes, example.target_genes)
-
-
-def _seed_weights(network: CellPLM, config: PretrainConfig) -> None:
-    """Draw initial weights from the run's seed."""
-    fresh_config = network.config
-    with torch.random.fork_rng():
-        torch.manual_seed(config.train.seed)
-        fresh = CellPLM(fresh_config)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(fresh.get_parameter(name))
 
 
 def _sources(config: PretrainConfig, genes: Sequence[str]) -> tuple[list[Source], list[Source]]:
