@@ -9,6 +9,7 @@ computed again. Neither the cut into blocks nor the budget changes a result beyo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -63,7 +64,14 @@ class Encoding:
     total: NDArray[np.float32] | None = None  # (cells,); these
 
 
-def encode(network: CellPLM, cells: Cells, *, device: torch.device | None = None) -> Encoding:
+def encode(
+    network: CellPLM,
+    cells: Cells,
+    *,
+    device: torch.device | None = None,
+    bar: tqdm | None = None,
+    bar_share: float = 1.0,
+) -> Encoding:
     """Encode all cells, context by context.
 
     Parameters
@@ -74,6 +82,9 @@ def encode(network: CellPLM, cells: Cells, *, device: torch.device | None = None
         Read block by block: once, and once more for each round of sums of the embedder.
     device
         Where to compute; by default that of the settings.
+    bar, bar_share
+        Progress bar over the cells (:func:`progress_bar`) to advance, and by which share of it; by
+        default one of this call's own.
 
     Returns
     -------
@@ -91,11 +102,14 @@ def encode(network: CellPLM, cells: Cells, *, device: torch.device | None = None
     n_sweeps = 1 + sum(part.n_rounds + 1 for part in parts)
     outputs: dict[str, NDArray[np.float32]] = {}
     sums = []
-    with torch.inference_mode(), _progress_bar(cells.n_cells) as bar:
+    own_bar = progress_bar(cells.n_cells) if bar is None else contextlib.nullcontext(bar)
+    with torch.inference_mode(), own_bar as bar:
         workspace = _Workspace(network, cells, device)
         panel = network.embedder.panel(torch.from_numpy(cells.gene_index).to(device))
         for rows in cells.contexts or (np.empty(0, np.int64),):
-            context = _Context(cells, rows, workspace, lambda n: bar.update(n / n_sweeps))
+            context = _Context(
+                cells, rows, workspace, lambda n: bar.update(bar_share * n / n_sweeps)
+            )
             sums.append(_encode_context(network, panel, context, outputs))
     return Encoding(
         panel=_moved(panel, "cpu"),
@@ -375,5 +389,6 @@ def _converted(network: CellPLM, device: torch.device, precision: str) -> CellPL
     return copy.deepcopy(network, shared).eval()
 
 
-def _progress_bar(n_cells: int) -> tqdm:
+def progress_bar(n_cells: int) -> tqdm:
+    """Return the one bar of a call, over cells; quiet where the settings say so."""
     return tqdm(total=n_cells, unit=" cells", unit_scale=True, disable=not settings.show_progress())

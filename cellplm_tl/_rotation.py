@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from ._anndata import Cells
 from ._inference import Encoding, blocks, read_block
-from ._settings import logger
 from .models import CellPLM
-from .models.representation import OVERSAMPLING, Columns, RepresentationBlock, find_rotation
+from .models.representation import (
+    N_ITERATIONS,
+    OVERSAMPLING,
+    Columns,
+    RepresentationBlock,
+    find_rotation,
+)
 
 
 def rotate(
@@ -21,6 +27,9 @@ def rotate(
     encoding: Encoding,
     n_components: int,
     rng: np.random.Generator,
+    *,
+    bar: tqdm | None = None,
+    bar_share: float = 1.0,
 ) -> NDArray[np.float32]:
     """Rotate latent and residual to their principal components over all cells.
 
@@ -35,6 +44,8 @@ def rotate(
     rng
         Draws the columns that the iteration starts from; a gene's numbers do not depend on which
         others are measured.
+    bar, bar_share
+        Progress bar over the cells to advance, and by which share of it.
 
     Returns
     -------
@@ -50,14 +61,19 @@ def rotate(
     )
     scale = latent_scale(encoding)
 
-    def representations() -> Iterator[RepresentationBlock]:
-        for _, block in _blocks(network, cells, encoding, scale):
-            yield block
+    n_passes = N_ITERATIONS + 2
 
-    rotation = find_rotation(representations, columns, cells.n_cells, n_components)
-    for rows, block in _blocks(network, cells, encoding, scale):
+    def sweep() -> Iterator[tuple[NDArray[np.int64], RepresentationBlock]]:
+        for rows, block in _blocks(network, cells, encoding, scale):
+            yield rows, block
+            if bar is not None:
+                bar.update(bar_share * len(rows) / n_passes)
+
+    rotation = find_rotation(
+        lambda: (block for _, block in sweep()), columns, cells.n_cells, n_components
+    )
+    for rows, block in sweep():
         result[rows] = rotation.scores(block).numpy()
-    logger.debug("rotated to %d components", n_components)
     return result
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from .. import _weights
 from .._anndata import build_record, check_slots, read_cells, write_slots
 from .._errors import ContextWarning, OptionError
-from .._inference import encode
+from .._inference import encode, progress_bar
 from .._rotation import between_share, known_share, rotate
 from .._settings import logger, settings
 
@@ -153,17 +153,25 @@ def embed(
         len(cells.genes),
     )
 
-    encoding = encode(loaded.network, cells, device=target)
-    slots: dict[tuple[str, str], Any] = {("obsm", key_added): encoding.latent}
+    slots: dict[tuple[str, str], Any] = {}
     findings: dict[str, Any] = {}
+    with progress_bar(cells.n_cells) as bar:
+        if has_spectrum:
+            encoding = encode(loaded.network, cells, device=target, bar=bar, bar_share=0.3)
+            width, rng = (
+                int(n_components or N_COMPONENTS),
+                np.random.default_rng(_seed(random_state)),
+            )
+            slots["obsm", key_added] = rotate(
+                loaded.network, cells, encoding, width, rng, bar=bar, bar_share=0.7
+            )
+        else:
+            encoding = encode(loaded.network, cells, device=target, bar=bar)
+            slots["obsm", key_added] = encoding.latent
     if has_spectrum:
-        width = int(n_components or N_COMPONENTS)
-        rng = np.random.default_rng(_seed(random_state))
-        slots["obsm", key_added] = rotate(loaded.network, cells, encoding, width, rng)
         slots["obs", known_key], findings["known"] = known_share(encoding)
-        between = between_share(loaded.network, encoding)
-        findings["share_between_contexts"] = between
-        _warn_of_contexts(cells, between)
+        findings["share_between_contexts"] = between_share(loaded.network, encoding)
+        _warn_of_contexts(cells, findings["share_between_contexts"])
 
     record = build_record(
         "embed",
