@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 N_COMPONENTS = 30  # of spectrum models; chosen on the development sets of the pool
 SMALL_CONTEXT = 10  # cells; a smaller context has a mean that says little
 # Share of the factors' variance between contexts, above which they look like types of cells:
-# samples of a tissue have 0.03 to 0.24, cell types 0.19 to 0.66 (docs/benchmarks/contexts.md).
+# samples of a tissue have 0.03 to 0.20, cell types 0.19 to 0.66 (docs/benchmarks/contexts.md).
 TYPE_LIKE_SHARE = 0.3
 
 
