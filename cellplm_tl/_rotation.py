@@ -52,7 +52,7 @@ def rotate(
     numpy.ndarray, shape (cells, n_components), float32
     """
     result = np.zeros((cells.n_cells, n_components), np.float32)
-    n_columns = n_components + OVERSAMPLING
+    n_columns = min(n_components + OVERSAMPLING, network.config.latent_size + len(cells.genes))
     start = rng.standard_normal((network.config.latent_size + network.config.n_genes, n_columns))
     n_latent = network.config.latent_size
     columns = Columns(
@@ -73,7 +73,8 @@ def rotate(
         lambda: (block for _, block in sweep()), columns, cells.n_cells, n_components
     )
     for rows, block in sweep():
-        result[rows] = rotation.scores(block).numpy()
+        scores = rotation.scores(block).numpy()
+        result[rows, : scores.shape[1]] = scores
     return result
 
 

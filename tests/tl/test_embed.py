@@ -50,6 +50,14 @@ def test_what_is_written(pbmc_counts, model):
     assert (np.diff(variances) <= 1e-3 * variances[0]).all()
 
 
+def test_more_components_than_there_are(pbmc_counts):
+    adata = pbmc_counts[:40, :80].copy()
+    cp.tl.embed(adata, n_components=500)
+    embedding = adata.obsm["X_cellplm"]
+    assert embedding.shape == (40, 500)
+    np.testing.assert_allclose(embedding[:, 40:], 0, atol=1e-2)  # the rank of 40 cells is 39
+
+
 def test_key_added_moves_everything(pbmc_counts):
     cp.tl.embed(pbmc_counts, key_added="X_mine")
     assert "X_mine" in pbmc_counts.obsm
