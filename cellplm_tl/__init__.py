@@ -19,6 +19,6 @@ __all__ = [
 ]
 
 # To users, networks and the files they come in are one thing; models/ itself knows no files.
-for _name in ("available", "load", "save"):
+for _name in ("Model", "available", "load", "save"):
     setattr(models, _name, getattr(_weights, _name))
     models.__all__.append(_name)
