@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._anndata import Cells
-from ._errors import OptionError
-from ._settings import logger, settings
-from .models import CellPLM, Counts
-from .models.embedder import TableEmbedder
-from .models.linear import Linear
-from .models.position import grid_positions
+from cellplm_tl._anndata import Cells
+from cellplm_tl._errors import OptionError
+from cellplm_tl._settings import logger, settings
+from cellplm_tl.models import CellPLM, Counts
+from cellplm_tl.models.embedder import TableEmbedder
+from cellplm_tl.models.linear import Linear
+from cellplm_tl.models.position import grid_positions
 
 # Cells of a block. More are not faster on a CPU, and fall out of its cache; a GPU wants many.
 BLOCK_CELLS = {"cpu": 1024, "cuda": 8192, "mps": 2048}

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ._anndata import Cells
-from ._inference import Encoding, blocks, read_block
-from .models import CellPLM
-from .models.representation import (
+from cellplm_tl._anndata import Cells
+from cellplm_tl._inference import Encoding, blocks, read_block
+from cellplm_tl.models import CellPLM
+from cellplm_tl.models.representation import (
     N_ITERATIONS,
     OVERSAMPLING,
     Columns,

@@ -30,10 +30,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._errors import ModelNotFoundError, WeightsError, check_option
-from ._settings import logger, settings
-from .models import CellPLM, CellPLMConfig
-from .models.network import count_parameters
+from cellplm_tl._errors import ModelNotFoundError, WeightsError, check_option
+from cellplm_tl._settings import logger, settings
+from cellplm_tl.models import CellPLM, CellPLMConfig
+from cellplm_tl.models.network import count_parameters
 
 FORMAT = 1  # of our directory
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "card.md"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .config import CellPLMConfig
-from .embedder import Counts
-from .network import CellPLM
+from cellplm_tl.models.config import CellPLMConfig
+from cellplm_tl.models.embedder import Counts
+from cellplm_tl.models.network import CellPLM
 
 __all__ = ["CellPLM", "CellPLMConfig", "Counts"]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .linear import Linear, linear
+from cellplm_tl.models.linear import Linear, linear
 
 EPSILON = 1e-6  # e above, added to every entry (the release)
 COMPETITION_CLIP = 1.0  # bound of the competition's logit (the release)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import CellPLMConfig
-from .embedder import make_norm
-from .latent import clamp_through
-from .linear import Linear, linear
+from cellplm_tl.models.config import CellPLMConfig
+from cellplm_tl.models.embedder import make_norm
+from cellplm_tl.models.latent import clamp_through
+from cellplm_tl.models.linear import Linear, linear
 
 MEAN_BOUNDS = (1e-5, 1e6)  # of the released decoder's mean
 DISPERSION_BOUNDS = (1e-4, 1e4)  # of its inverse dispersion theta

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NORM_GROUPS, CellPLMConfig
-from .linear import Linear
-from .position import PositionalEncoding
+from cellplm_tl.models.config import NORM_GROUPS, CellPLMConfig
+from cellplm_tl.models.linear import Linear
+from cellplm_tl.models.position import PositionalEncoding
 
 TARGET_SUM = 1e4  # counts per cell that lognorm expression is scaled to
 CLIP_LOW, CLIP_HIGH = -5.0, 10.0  # bounds of scaled expression

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .attention import FlowAttention, Sums
-from .config import CellPLMConfig
-from .embedder import NORM_EPSILON, make_norm
-from .linear import Linear
+from cellplm_tl.models.attention import FlowAttention, Sums
+from cellplm_tl.models.config import CellPLMConfig
+from cellplm_tl.models.embedder import NORM_EPSILON, make_norm
+from cellplm_tl.models.linear import Linear
 
 FlowBlock = tuple[Tensor, Tensor, Tensor, Tensor]  # u (cells, hidden) and its q, k, v
 

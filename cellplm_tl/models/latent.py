@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CellPLMConfig
-from .linear import Linear, linear
+from cellplm_tl.models.config import CellPLMConfig
+from cellplm_tl.models.linear import Linear, linear
 
 LOG_VARIANCE_BOUND = 5.0  # of the released vae
 VARIANCE_FLOOR = 1e-4  # added to exp(log variance) in the released vae

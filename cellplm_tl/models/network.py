@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import CellPLMConfig
-from .decoder import DECODERS, Background, Covariates, Decoded, Head, PatientHead
-from .embedder import NORM_EPSILON, Counts, SpectrumEmbedder, TableEmbedder
-from .encoder import make_encoder
-from .latent import LATENTS, Posterior
-from .position import grid_positions
+from cellplm_tl.models.config import CellPLMConfig
+from cellplm_tl.models.decoder import DECODERS, Background, Covariates, Decoded, Head, PatientHead
+from cellplm_tl.models.embedder import NORM_EPSILON, Counts, SpectrumEmbedder, TableEmbedder
+from cellplm_tl.models.encoder import make_encoder
+from cellplm_tl.models.latent import LATENTS, Posterior
+from cellplm_tl.models.position import grid_positions
 
 INITIAL_STD = 0.02  # of covariate tables
 

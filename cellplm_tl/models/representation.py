@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .embedder import ScaledBlock
+from cellplm_tl.models.embedder import ScaledBlock
 
 OVERSAMPLING = 20  # columns beyond the components, which make the subspace iteration converge
 N_ITERATIONS = 6

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _weights
-from .._anndata import build_record, check_slots, read_cells, write_slots
-from .._errors import ContextWarning, OptionError
-from .._inference import encode, progress_bar
-from .._rotation import between_share, known_share, rotate
-from .._settings import logger, settings
+from cellplm_tl import _weights
+from cellplm_tl._anndata import build_record, check_slots, read_cells, write_slots
+from cellplm_tl._errors import ContextWarning, OptionError
+from cellplm_tl._inference import encode, progress_bar
+from cellplm_tl._rotation import between_share, known_share, rotate
+from cellplm_tl._settings import logger, settings
 
 if TYPE_CHECKING:
     from anndata import AnnData

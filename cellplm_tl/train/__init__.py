@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .contexts import Corruption
-from .fit import TrainConfig
-from .pretrain import PretrainConfig, pretrain
+from cellplm_tl.train.contexts import Corruption
+from cellplm_tl.train.fit import TrainConfig
+from cellplm_tl.train.pretrain import PretrainConfig, pretrain
 
 __all__ = ["Corruption", "PretrainConfig", "TrainConfig", "pretrain"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .._settings import settings
-from .pretrain import PretrainConfig, pretrain
+from cellplm_tl._settings import settings
+from cellplm_tl.train.pretrain import PretrainConfig, pretrain
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._anndata import Cells, CountBlock
-from ..models import Counts
+from cellplm_tl._anndata import Cells, CountBlock
+from cellplm_tl.models import Counts
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._errors import OptionError, TrainingError
-from .._settings import logger, settings
-from .._weights import read_state, write_state
-from ..models import CellPLM
+from cellplm_tl._errors import OptionError, TrainingError
+from cellplm_tl._settings import logger, settings
+from cellplm_tl._weights import read_state, write_state
+from cellplm_tl.models import CellPLM
 
 Terms = dict[str, Tensor]  # named scalars of a step; "loss" is what is minimised
 STATE = "state.safetensors"

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.decoder import Decoded
-from ..models.embedder import TARGET_SUM
+from cellplm_tl.models.decoder import Decoded
+from cellplm_tl.models.embedder import TARGET_SUM
 
 NB_EPSILON = 1e-10  # inside the logarithms (the release)
 MIN_TOTAL = 1e-8

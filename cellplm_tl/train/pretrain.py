@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _weights
-from .._anndata import read_file, read_gene_ids
-from .._errors import OptionError, TrainingError
-from .._settings import logger
-from ..models import CellPLM, CellPLMConfig
-from .contexts import Corruption, Example, Source, draw_example
-from .fit import Terms, TrainConfig, fit
-from .objective import explained_likelihood, reconstruction
+from cellplm_tl import _weights
+from cellplm_tl._anndata import read_file, read_gene_ids
+from cellplm_tl._errors import OptionError, TrainingError
+from cellplm_tl._settings import logger
+from cellplm_tl.models import CellPLM, CellPLMConfig
+from cellplm_tl.train.contexts import Corruption, Example, Source, draw_example
+from cellplm_tl.train.fit import Terms, TrainConfig, fit
+from cellplm_tl.train.objective import explained_likelihood, reconstruction
 
 DEPTH_OFFSET = 200.0  # counts: keeps the weight of shallow cells finite
 KL_TERMS = ("latent", "components")
