@@ -400,10 +400,10 @@ median (smallest–largest).
 {table(runs)}
 
 **The rate.** What this machine does in products of the network's own shapes (blocks of
-{PROBE_ROWS:,} cells), timed in between the blocks of the very runs, two operations per multiply-add:
-{onednn} GFLOP/s by oneDNN in float32, {plain} by `torch.nn.functional.linear`, {in_bf16} in
-bfloat16. The share is that of the faster product in the run's format; beside it stands the share of
-`F.linear` in that format, which bounds what plain PyTorch code can reach.
+{PROBE_ROWS:,} cells), timed in between the blocks of the very runs, two operations per
+multiply-add: {onednn} GFLOP/s by oneDNN in float32, {plain} by `torch.nn.functional.linear`,
+{in_bf16} in bfloat16. The share is that of the faster product in the run's format; beside it
+stands the share of `F.linear` in that format, which bounds what plain PyTorch code can reach.
 
 **The work** is what the network needs: one multiply-add per positive count and hidden channel,
 33 h² per cell for mixing and encoder (h = {HIDDEN}), and the latent's mean. Norms, sigmoids,
@@ -415,12 +415,13 @@ the same random draws both agree to {runs["agreement"].max():.0e} of the cells' 
 
 **Peak memory** of a fresh process beyond what it held with counts and network in place. Ours is
 one hidden vector, query, key and value per cell as far as the budget allows
-({16 * HIDDEN * n_cells / 1e6:,.0f} MB here), a block at work, the measured genes' rows of the table,
-and the latents: it does not grow with cells × genes. With bf16 the network's weights are held once
-more. A smaller `cp.settings.memory_budget` makes it smaller.
+({16 * HIDDEN * n_cells / 1e6:,.0f} MB here), a block at work, the measured genes' rows of the
+table, and the latents: it does not grow with cells × genes. With bf16 the network's weights are
+held once more. A smaller `cp.settings.memory_budget` makes it smaller.
 
 **bf16** (`cp.settings.precision = "bf16"`): products of matrices in bfloat16, all else in float32.
-Root mean square of the difference to float32, relative to the spread of the cells: {deviates}.
+Root mean square of the difference to float32, relative to the spread of the cells:
+{deviates}.
 """
 
 
