@@ -183,6 +183,17 @@ def whole_results(make_network, shared_cells):
     return of
 
 
+def test_sums_are_added_up_in_float64():
+    """2^24 + 1 is not a float32: a hundred small blocks would vanish beside a large one."""
+
+    def part(number, block, before):
+        assert all(tensor.dtype == torch.float32 for tensor in before)
+        return (torch.tensor(2.0**24 if block == 0 else 1.0),)
+
+    total, again = _inference._add_up(2, lambda: iter(enumerate(range(101))), part)
+    assert total == again == 2.0**24 + 100
+
+
 def test_another_context_changes_nothing(make_network, adata, make_cells):
     network = make_network()
     expected = encode(network, make_cells(adata)).latent

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Without a public name: it may be missing from other builds of PyTorch, and from later ones.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
