@@ -296,7 +296,8 @@ class _Workspace:
         width = network.config.hidden
         largest = max((len(rows) for rows in cells.contexts), default=0)
         hidden_bytes = FLOAT_BYTES * width * largest
-        output_bytes = FLOAT_BYTES * cells.n_cells * network.config.latent_size
+        output_width = network.config.latent_size + network.config.factors
+        output_bytes = FLOAT_BYTES * cells.n_cells * output_width
         host_room = int(STATE_SHARE * budget) - output_bytes
         device_room = int(STATE_SHARE * device_room) if device.type == "cuda" else host_room
         shape = (largest, width)

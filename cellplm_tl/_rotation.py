@@ -109,13 +109,13 @@ def between_share(network: CellPLM, encoding: Encoding) -> float:
     """
     assert encoding.factors is not None
     panel = encoding.panel
-    sizes = torch.stack([sums[0] for sums in encoding.context_sums])
-    lognorm = torch.stack([sums[1] for sums in encoding.context_sums])  # (contexts, genes)
-    n_cells = sizes.sum().clamp(min=1)
-    means = lognorm / sizes[:, None].clamp(min=1)
-    difference = (means - lognorm.sum(0) / n_cells) / panel.scale
-    factors = difference @ panel.loadings @ panel.posterior  # (contexts, factors)
-    between = float((sizes * factors.square().sum(1)).sum())
+    n_cells = max(1.0, sum(float(sums[0]) for sums in encoding.context_sums))
+    overall = sum((sums[1] for sums in encoding.context_sums), torch.tensor(0.0)) / n_cells
+    between = 0.0
+    for size, lognorm, *_ in encoding.context_sums:
+        difference = (lognorm / size.clamp(min=1) - overall) / panel.scale
+        factors = difference @ panel.loadings @ panel.posterior  # (factors,)
+        between += float(size * factors.square().sum())
     within = float(np.square(encoding.factors, dtype=np.float64).sum())
     return between / (between + within) if between + within > 0 else 0.0
 

@@ -37,6 +37,7 @@ from cellplm_tl.models.network import count_parameters
 
 FORMAT = 1  # of our directory
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "card.md"
+NO_CARD = "No card was written for this model; what is known of it stands in config.json.\n"
 RELEASE_WEIGHTS, RELEASE_CONFIG = ".best.ckpt", ".config.json"
 PACKAGED = Path(__file__).parent / "data" / "models"
 
@@ -55,6 +56,8 @@ class Model:
         Of the weights file; empty for a network that was never stored.
     provenance : dict
         What its maker recorded: data, licences, steps, seed, source.
+    card : str
+        Text of its model card; empty where it has none.
 
     Examples
     --------
@@ -68,6 +71,7 @@ class Model:
     name: str
     sha256: str = ""
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+    card: str = field(default="", repr=False)
 
     @property
     def config(self) -> CellPLMConfig:
@@ -188,7 +192,7 @@ def save(
     provenance : dict, optional
         Plain values on how the model was made; by default those that the model came with.
     card : str, optional
-        Text of `card.md`.
+        Text of `card.md`; by default that of the card that the model came with.
     dtype : {"float32", "float16"}, default "float32"
         Of the stored matrices; vectors are always float32.
     overwrite : bool, default False
@@ -224,7 +228,9 @@ def save(
         provenance = model.provenance if isinstance(model, Model) else {}
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another path or pass overwrite=True.")
-    return write_directory(path, network, provenance, card, dtype, shared=None)
+    if card is None and isinstance(model, Model):
+        card = model.card
+    return write_directory(path, network, provenance, card or NO_CARD, dtype, shared=None)
 
 
 def available() -> pd.DataFrame:
@@ -285,7 +291,7 @@ def write_directory(
     path: Path,
     network: CellPLM,
     provenance: dict[str, Any],
-    card: str | None,
+    card: str,
     dtype: str,
     shared: dict[str, Any] | None,
 ) -> Path:
@@ -321,8 +327,7 @@ def write_directory(
             "architecture": network.config.to_dict(),
         }
         (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        if card is not None:
-            (aside / CARD).write_text(card)
+        (aside / CARD).write_text(card)
         for file in aside.iterdir():
             file.chmod(0o644)
             _flush(file)
@@ -353,7 +358,8 @@ def _load_directory(path: Path) -> Model:
         tensors |= _shared_tensors(config["shared"], path)
     network = _build(partial(CellPLMConfig.from_dict, config["architecture"]), path)
     _fill(network, tensors, weights)
-    return Model(network.eval(), path.resolve().name, sha256, config["provenance"])
+    card = (path / CARD).read_text() if (path / CARD).is_file() else ""
+    return Model(network.eval(), path.resolve().name, sha256, config["provenance"], card)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -364,6 +370,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     expected = ("sha256", "parameters", "shared", "provenance", "architecture")
     missing = [key for key in expected if key not in config]
+    if not missing and "genes" not in config["architecture"]:
+        missing = ["architecture.genes"]
     if missing:
         raise WeightsError(f"{path} is not whole: it lacks {', '.join(missing)}.")
     return config

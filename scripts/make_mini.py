@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pandas as pd
 import torch
 from pool_table import pool_table
 
@@ -18,7 +19,6 @@ import cellplm_tl as cp
 from cellplm_tl._anndata import read_file
 from cellplm_tl._inference import encode
 from cellplm_tl._weights import PACKAGED, WEIGHTS, Model, write_directory
-from cellplm_tl.train.fit import best_of
 
 HERE = Path(__file__).parent
 CARD = HERE / "cards" / "mini.md"
@@ -41,7 +41,8 @@ def main() -> None:
         "sha256": base.sha256,
         "tensors": [f"embedder.{name}" for name in SHARED],
     }
-    best = best_of(Path(config.out + ".run"))
+    log = pd.read_csv(Path(config.out + ".run") / "log.csv")
+    best = log.loc[log["validation"].idxmin()]
     sets = [Path(file).stem for file in config.files]
     in_use = components_in_use(model, config)
     card = CARD.read_text().format(

@@ -17,6 +17,8 @@ def pool_table(readme: Path, names: list[str]) -> str:
             repository = re.split(r",\s", source)[0]
             if re.match(r"none given|none", licence):
                 licence = re.sub(r"^none( given)?", "no licence seen", licence)
+            cells = [_without_memory(cell) for cell in cells]
+            study, licence = _without_memory(study), _without_memory(licence)
             rows[name] = (
                 f"| {name} | {cells[1]} | {cells[3]} | {repository} | {study} | {licence} |"
             )
@@ -25,6 +27,13 @@ def pool_table(readme: Path, names: list[str]) -> str:
         raise SystemExit(f"{readme} does not describe {missing}")
     head = "| set | cells × genes | tissue, assay | source | study | licence (repository / data) |"
     return "\n".join([head, "| --- " * 6 + "|", *(rows[name] for name in names)])
+
+
+def _without_memory(text: str) -> str:
+    """Say of what its writer had only from memory that it is not verified."""
+    text = re.sub(r"(from memory( of the study)?, )?not verified( here)?", "not verified", text)
+    text = text.replace(" from memory,", ",").replace(" from memory)", ", not verified)")
+    return text.replace(" from memory ", " ").replace("(from memory", "(not verified")
 
 
 if __name__ == "__main__":

@@ -470,14 +470,14 @@ def test_an_interrupted_overwrite_is_noticed(network, tmp_path, monkeypatch):
         network.pre_latent_norm.bias.fill_(3.0)
     replaced = []
 
-    def once(source, target):
-        if replaced:
+    def twice(source, target):
+        if len(replaced) == 2:  # weights and card
             raise OSError("power cut")
         replaced.append(target)
         shutil.move(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_weights.os, "replace", once)
+        patch.setattr(_weights.os, "replace", twice)
         with pytest.raises(OSError, match="power cut"):
             _weights.save(network, path, overwrite=True)
     with pytest.raises(WeightsError, match="the file is damaged or belongs to another config"):
@@ -488,6 +488,14 @@ def edit_config(path: Path, **changes) -> None:
     config = json.loads((path / "config.json").read_text()) | changes
     config = {key: value for key, value in config.items() if value is not ...}
     (path / "config.json").write_text(json.dumps(config))
+
+
+def test_a_model_keeps_its_card(network, tmp_path):
+    path = _weights.save(network, tmp_path / "mine", card="# mine")
+    again = _weights.save(_weights.load(path), tmp_path / "again")
+    assert _weights.load(again).card == "# mine"
+    _weights.save(network, again, overwrite=True)  # another network: the old card is not its own
+    assert "No card was written" in _weights.load(again).card
 
 
 def test_damaged_weights(network, tmp_path):
@@ -515,7 +523,7 @@ def test_damaged_weights(network, tmp_path):
         ({"format": 2}, "has format 2; this version reads 1"),
         ({"format": ...}, "has format None; this version reads 1"),
         ({"sha256": ..., "shared": ...}, "is not whole: it lacks sha256, shared"),
-        ({"architecture": {}}, "does not describe a CellPLM network"),
+        ({"architecture": {}}, "is not whole: it lacks architecture.genes"),
         (
             {"architecture": {"genes": ["a"], "depth": 3}},
             "unknown fields in a CellPLM config: depth",
@@ -553,7 +561,7 @@ def packaged(tmp_path, monkeypatch):
 
 
 def test_shared_tensors(network, packaged, tmp_path):
-    base = _weights.write_directory(packaged / "base", network, {}, None, "float32", None)
+    base = _weights.write_directory(packaged / "base", network, {}, "", "float32", None)
     with torch.no_grad():
         network.pre_latent_norm.bias.fill_(3.0)
     shared = {
@@ -561,7 +569,7 @@ def test_shared_tensors(network, packaged, tmp_path):
         "sha256": sha256(base / "model.safetensors"),
         "tensors": ["embedder.table"],
     }
-    path = _weights.write_directory(packaged / "two", network, {}, None, "float32", shared)
+    path = _weights.write_directory(packaged / "two", network, {}, "", "float32", shared)
     with safetensors.safe_open(path / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
     assert names == network.state_dict().keys() - {"embedder.table"}
@@ -577,7 +585,7 @@ def test_shared_tensors(network, packaged, tmp_path):
         _weights.load("two")
     with torch.no_grad():
         network.embedder.table.fill_(1.0)
-    _weights.write_directory(base, network, {}, None, "float32", None)
+    _weights.write_directory(base, network, {}, "", "float32", None)
     with pytest.raises(
         WeightsError, match="Install that version, load the model there and save it"
     ):

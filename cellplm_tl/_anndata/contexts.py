@@ -24,7 +24,7 @@ def read_contexts(
     if batch_key is None:
         rows = np.arange(len(obs), dtype=np.int64)
         return ((rows,), (WHOLE,)) if len(rows) else ((), ())
-    if batch_key not in obs.columns:
+    if not isinstance(batch_key, str) or batch_key not in obs.columns:
         raise SlotError(
             f"batch_key={batch_key!r} is no column of adata.obs; the columns are "
             f"{', '.join(map(repr, obs.columns)) or 'none'}. Name the one that tells samples apart."
@@ -51,7 +51,8 @@ def read_coordinates(
 ) -> NDArray[np.float64] | None:
     """Give ``obsm[spatial_key]``, or None where there is none.
 
-    What is there must be usable if `needed`; otherwise, unusable coordinates are none.
+    What is there must be usable if `needed`; otherwise, unusable coordinates are none. NaN is a
+    cell without coordinates.
     """
     if spatial_key is None or spatial_key not in adata.obsm:
         if spatial_key not in (None, "spatial"):
@@ -78,10 +79,10 @@ def _problem(coordinates: NDArray, obs_names: pd.Index) -> str | None:
         )
     if coordinates.dtype.kind not in "biuf":
         return f"must hold numbers; its type is {coordinates.dtype}."
-    is_bad = np.any(~np.isfinite(coordinates.astype(np.float64)), axis=1)
+    is_bad = np.any(np.isinf(coordinates.astype(np.float64)), axis=1)
     if is_bad.any():
         return (
-            f"is NaN or infinite for {name_rows(obs_names, is_bad)}. Leave these cells out, or "
+            f"is infinite for {name_rows(obs_names, is_bad)}. Leave these cells out, or "
             "all coordinates with spatial_key=None."
         )
     return None

@@ -177,8 +177,8 @@ def read_cells(
         Key of ``obsm`` with coordinates; None for none. Without ``obsm["spatial"]`` there are
         none; any other key must be there.
     need_coordinates
-        Whether coordinates that cannot be used (not two columns, NaN) are an error. Otherwise they
-        count as none.
+        Whether coordinates that cannot be used (not two columns, infinite) are an error. Otherwise
+        they count as none.
 
     Returns
     -------

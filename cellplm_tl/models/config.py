@@ -2,7 +2,7 @@
 
 The same record covers the paper (Wen et al., ICLR 2024, sections B, D, E of its appendix), the
 layouts of the official release, the ablations of its Table 10 and the models of this package: parts
-are chosen here, once, and built once by the constructors; no `forward` branches on a variant.
+are chosen here, once, and built once by the constructors.
 """
 
 from __future__ import annotations

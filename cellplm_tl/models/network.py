@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from cellplm_tl.models.config import CellPLMConfig
@@ -198,8 +197,3 @@ def count_parameters(network: nn.Module, *, trainable: bool = False) -> int:
     if trainable:
         return sum(p.numel() for p in network.parameters() if p.requires_grad)
     return sum(t.numel() for t in network.state_dict().values())
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Return the device that a network's tensors are on."""
-    return next(iter(network.state_dict().values())).device

@@ -84,8 +84,9 @@ def embed(
             The embedding; Euclidean distances are meant.
         `obs["cellplm_known"]` : float32, in [0, 1]
             Models with a spectrum: the share of a cell's (scaled, centred) expression that the
-            factors of the pretraining pool explain. Counting noise is never explained, so 0.05 to
-            0.3 is usual; compare cells and data sets of like depth.
+            factors of the pretraining pool explain. Counting noise is never explained: 0.06 to 0.1
+            is usual for whole transcriptomes, 0.2 to 0.4 for panels of hundreds of genes. Compare
+            cells and data sets of like depth and genes.
         `uns["cellplm"][key_added]` : dict
             The record: what was done, on what, with what.
 
@@ -125,6 +126,7 @@ def embed(
     parameters = {name: value for name, value in locals().items() if name not in ("adata", "start")}
     if n_components is not None and not (isinstance(n_components, Integral) and n_components > 0):
         raise OptionError(f"n_components must be a positive integer, not {n_components!r}.")
+    rng = _generator(random_state)
     known_key = f"{str(key_added).removeprefix('X_')}_known"
     loaded = model if isinstance(model, _weights.Model) else _weights.load(model)
     has_spectrum = loaded.config.embedder == "spectrum"
@@ -158,10 +160,7 @@ def embed(
     with progress_bar(cells.n_cells) as bar:
         if has_spectrum:
             encoding = encode(loaded.network, cells, device=target, bar=bar, bar_share=0.3)
-            width, rng = (
-                int(n_components or N_COMPONENTS),
-                np.random.default_rng(_seed(random_state)),
-            )
+            width = int(n_components or N_COMPONENTS)
             slots["obsm", key_added] = rotate(
                 loaded.network, cells, encoding, width, rng, bar=bar, bar_share=0.7
             )
@@ -184,7 +183,7 @@ def embed(
         seconds=time.perf_counter() - start,
         **findings,
     )
-    result = adata.copy() if copy else adata
+    result = adata if not copy else adata.to_memory() if adata.isbacked else adata.copy()
     write_slots(result, slots, record, key_added)
     return result if copy else None
 
@@ -210,8 +209,14 @@ def _warn_of_contexts(cells: Any, between_share: float) -> None:
         )
 
 
-def _seed(random_state: Any) -> Any:
-    """Turn what scanpy takes as a random state into what numpy's generators take."""
+def _generator(random_state: Any) -> np.random.Generator:
+    """Make a generator of what scanpy takes as a random state."""
     if isinstance(random_state, np.random.RandomState):
-        return random_state.randint(2**31)
-    return random_state
+        return np.random.default_rng(random_state.randint(2**31))
+    try:
+        return np.random.default_rng(random_state)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"random_state must be an integer of at least 0 or a numpy generator, not "
+            f"{random_state!r}."
+        ) from error

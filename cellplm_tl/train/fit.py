@@ -122,7 +122,7 @@ def fit(
     Raises
     ------
     TrainingError
-        The loss became NaN or infinite; the last saved state is intact.
+        A loss or gradient became NaN or infinite; the last saved state is intact.
     """
     run = _Run(network, config, folder)
     run.resume()
@@ -145,12 +145,6 @@ def fit(
                 run.save()
     run.finish(keep_best=validate is not None)
     return network
-
-
-def best_of(folder: Path) -> dict[str, float]:
-    """Return the row of a run's log with the smallest validation loss."""
-    rows = [row for row in _read_rows(folder / LOG) if "validation" in row]
-    return min(rows, key=lambda row: row["validation"])
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -194,15 +188,11 @@ class _Run:
         ):
             terms = objective(self.network, self.step)
         values = {name: float(term.detach()) for name, term in terms.items()}
-        if not math.isfinite(values["loss"]):
-            where = f"; the last good state is in {self.folder}" if self.folder else ""
-            raise TrainingError(
-                f"the loss became {values['loss']} at step {self.step} ({values}){where}. "
-                "Lower the learning rate or look at that step's data."
-            )
+        self._check_finite("the loss", values["loss"], values)
         self.optimiser.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip)
+        self._check_finite("the gradient", float(norm), values)
         self.optimiser.step()
         self.step += 1
         decay = min(self.config.average, self.step / (self.step + 10))
@@ -212,10 +202,20 @@ class _Run:
         self.rows.append({"step": self.step, **values, "gradient": float(norm)})
         return values
 
+    def _check_finite(self, what: str, value: float, terms: dict[str, float]) -> None:
+        """Stop before a number that is none reaches the weights or their saved state."""
+        if not math.isfinite(value):
+            where = f"; the last good state is in {self.folder}" if self.folder else ""
+            raise TrainingError(
+                f"{what} became {value} at step {self.step} ({terms}){where}. "
+                "Lower the learning rate or look at that step's data."
+            )
+
     def validated(self, validate: Callable[[CellPLM], float]) -> None:
         with self._weights(self.average), torch.no_grad(), _seeded(self.config.seed, 0):
             self.network.eval()
             loss = validate(self.network)
+        self._check_finite("the validation loss", loss, self.rows[-1])
         self.rows[-1]["validation"] = loss
         logger.info("step %d: validation loss %.5f", self.step, loss)
         if loss < self.best_loss:

@@ -6,6 +6,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,24 +93,25 @@ class PretrainConfig:
         Paths in it are relative to the file; `files` may hold patterns such as `pool/*.h5ad`.
         """
         path = Path(path)
-        values = tomllib.loads(path.read_text())
-        files = []
-        for pattern in values.pop("files"):
-            found = sorted(path.parent.glob(pattern)) if "*" in pattern else [path.parent / pattern]
-            files += [str(file) for file in found]
-        corruption = values.pop("corruption", {})
-        for name, value in corruption.items():
-            corruption[name] = tuple(value) if isinstance(value, list) else value
         try:
+            values = tomllib.loads(path.read_text())
+            files = []
+            for pattern in values.pop("files"):
+                glob = "*" in pattern
+                files += sorted(path.parent.glob(pattern)) if glob else [path.parent / pattern]
+            corruption: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.pop("corruption", {}).items()
+            }
             return cls(
-                files=tuple(files),
+                files=tuple(str(file) for file in files),
                 out=str(path.parent / values.pop("out")),
                 validation=tuple(values.pop("validation", ())),
                 corruption=Corruption(**corruption),
                 train=TrainConfig(**values.pop("train", {})),
                 **values,
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise OptionError(f"{path} is no pretraining run: {error}") from error
 
 
@@ -340,6 +342,17 @@ def _check(config: PretrainConfig) -> None:
     unknown = set(config.validation) - {Path(file).stem for file in config.files}
     if unknown:
         raise OptionError(f"validation names files that are not in the pool: {sorted(unknown)}.")
+    stems = {Path(file).stem for file in config.files}
+    if stems <= set(config.validation):
+        raise OptionError("validation names every file of the pool: leave some to train on.")
+    fields = {field.name for field in dataclass_fields(CellPLMConfig)}
+    for name, given, known in (
+        ("weights", config.weights, stems),
+        ("kl_weight", config.kl_weight, set(KL_TERMS)),
+        ("network", config.network, fields - {"genes"}),
+    ):
+        if missing := sorted(set(given) - known):
+            raise OptionError(f"{name} has {missing}, which is none of {sorted(known)}.")
     if Path(config.out).exists():
         raise TrainingError(f"{config.out} exists; choose another `out`.")
 

@@ -159,6 +159,15 @@ def test_released_checkpoints(layout):
         np.testing.assert_allclose(adata.obsm["X_cellplm"], stored["perbatch_latent"], atol=2e-5)
 
 
+def test_a_copy_of_a_file_is_in_memory(pbmc_counts, tmp_path):
+    pbmc_counts.write_h5ad(tmp_path / "pbmc.h5ad")
+    backed = ad.read_h5ad(tmp_path / "pbmc.h5ad", backed="r")
+    copy = cp.tl.embed(backed, copy=True)
+    assert not copy.isbacked
+    assert "X_cellplm" in copy.obsm
+    assert "X_cellplm" not in backed.obsm
+
+
 def test_errors_say_what_to_do_and_change_nothing(pbmc_counts):
     before = pbmc_counts.copy()
     scaled = sc.pp.scale(pbmc_counts.X.toarray())
@@ -172,6 +181,8 @@ def test_errors_say_what_to_do_and_change_nothing(pbmc_counts):
         (lambda: cp.tl.embed(pbmc_counts, batch_key="sampel"), SlotError, "bulk_labels"),
         (lambda: cp.tl.embed(pbmc_counts, layer="raw"), SlotError, "layers are none"),
         (lambda: cp.tl.embed(pbmc_counts, n_components=0), OptionError, "positive"),
+        (lambda: cp.tl.embed(pbmc_counts, random_state=-1), OptionError, "random_state must be"),
+        (lambda: cp.tl.embed(pbmc_counts, batch_key=["phase"]), SlotError, "is no column"),
         (
             lambda: cp.tl.embed(pbmc_counts, model=GOLDEN / "golden_vae.best.ckpt", n_components=3),
             OptionError,

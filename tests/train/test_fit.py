@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cellplm_tl._errors import OptionError, TrainingError
+from cellplm_tl._weights import read_state
 from cellplm_tl.models import CellPLM, CellPLMConfig
-from cellplm_tl.train.fit import TrainConfig, best_of, fit
+from cellplm_tl.train.fit import TrainConfig, fit
 
 GENES = tuple(f"G{i}" for i in range(12))
 
@@ -97,7 +98,7 @@ def test_patience_stops_a_run(tmp_path):
     config = TrainConfig(steps=100, validate_every=1, patience=3)
     fit(small_network(), objective, config, validate=lambda network: 1.0, folder=tmp_path)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + 4  # one best, three stale
-    assert best_of(tmp_path)["step"] == 1
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("1,")
 
 
 def test_a_loss_that_is_no_number_stops_and_leaves_the_last_state(tmp_path):
@@ -111,6 +112,39 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_state(tmp_path):
         fit(small_network(), breaks, config, folder=tmp_path)
     resumed = fit(small_network(), objective, config, folder=tmp_path)
     assert torch.equal(weights(resumed), weights(fit(small_network(), objective, config)))
+
+
+@pytest.mark.parametrize("at", ["gradient", "validation"])
+def test_a_gradient_or_validation_that_is_no_number_reaches_no_state(tmp_path, at):
+    config = TrainConfig(steps=4, save_every=1, validate_every=1)
+
+    class Breaks(torch.autograd.Function):
+        """A finite value whose gradient is NaN."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    def breaks(network, step):
+        loss = objective(network, step)["loss"]
+        return {"loss": Breaks.apply(loss) if step == 2 and at == "gradient" else loss}
+
+    validations = iter([1.0, 1.0, math.nan if at == "validation" else 1.0, 1.0])
+    with pytest.raises(TrainingError, match=f"the {at}.* became nan"):
+        fit(
+            small_network(),
+            breaks,
+            config,
+            validate=lambda network: next(validations),
+            folder=tmp_path,
+        )
+    tensors, scalars = read_state(tmp_path / "state.safetensors")
+    assert scalars["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):

@@ -114,9 +114,15 @@ def test_what_is_wrong_is_said_first(files, tmp_path):
         cp.train.pretrain(config((files[0], "nowhere.h5ad"), tmp_path / "model"))
     with pytest.raises(OptionError, match=r"not in the pool: \['half9'\]"):
         cp.train.pretrain(config(files, tmp_path / "model", validation=("half9",)))
+    with pytest.raises(OptionError, match="names every file"):
+        cp.train.pretrain(config(files, tmp_path / "model", validation=("half0", "half1")))
+    for name, value in (("network", "hiden"), ("kl_weight", "latnt"), ("weights", "half9")):
+        with pytest.raises(OptionError, match=rf"{name} has \['{value}'\]"):
+            cp.train.pretrain(config(files, tmp_path / "model", **{name: {value: 1}}))
     (tmp_path / "there").mkdir()
     with pytest.raises(TrainingError, match="exists; choose another"):
         cp.train.pretrain(config(files, tmp_path / "there"))
-    (tmp_path / "bad.toml").write_text('files = []\nout = "x"\nstepz = 3\n')
-    with pytest.raises(OptionError, match="is no pretraining run"):
-        cp.train.PretrainConfig.from_toml(tmp_path / "bad.toml")
+    for text in ('files = []\nout = "x"\nstepz = 3\n', 'out = "x"\n', "files ="):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(OptionError, match="is no pretraining run"):
+            cp.train.PretrainConfig.from_toml(tmp_path / "bad.toml")
