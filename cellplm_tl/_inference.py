@@ -263,8 +263,8 @@ class _Kept:
         self._n_cells = 0
 
     def write(self, span: slice, tensors: tuple[Tensor, ...]) -> None:
-        """Keep a block if it is the next one and fits."""
-        if span.start != self._n_cells or span.stop > self._capacity:
+        """Keep a block, if it fits; blocks come in order."""
+        if span.stop > self._capacity:
             return
         if not self._buffers:
             self._buffers = [

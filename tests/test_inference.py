@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -407,7 +408,6 @@ def test_blocks_cover_every_cell_once(make_network, adata, make_cells):
 
 
 def test_counts_are_read_as_they_are_and_never_written_to(adata, make_cells):
-    adata.X.data.flags.writeable = False
     cells = make_cells(adata, batch_key=None)
     counts = read_block(cells, np.arange(300))
     block = cells.counts(slice(0, 300))
@@ -415,6 +415,17 @@ def test_counts_are_read_as_they_are_and_never_written_to(adata, make_cells):
     np.testing.assert_array_equal(counts.columns, block.columns)
     np.testing.assert_array_equal(counts.offsets, block.offsets)
     np.testing.assert_allclose(counts.library_size, block.library_size, rtol=1e-6)
+
+
+def test_only_arrays_that_are_read_only_are_copied():
+    block = _anndata.CountBlock(
+        np.ones(3, np.float32), np.arange(3), np.array([0, 1, 3]), np.ones(2)
+    )
+    block.values.flags.writeable = False
+    counts = read_block(SimpleNamespace(counts=lambda rows: block), np.arange(2))
+    counts.values[0] = 7  # in place
+    assert block.values[0] == 1
+    assert counts.columns.data_ptr() == block.columns.ctypes.data
 
 
 # --- the bar --------------------------------------------------------------------------------------
