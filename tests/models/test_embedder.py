@@ -132,6 +132,15 @@ def test_genes_without_counts_change_nothing(make_network, random_counts, to_cou
     assert_close(embedded.hidden, expected.hidden)
 
 
+def test_a_wide_table_is_multiplied_in_slices(make_network, random_counts, to_counts, assert_close):
+    embedder = make_network(hidden=160).embedder
+    dense, genes = random_counts(6, 5), torch.tensor([7, 0, 3, 11, 2])
+    panel = embedder.panel(genes)
+    assert [part.shape for part in panel] == [(5, 64), (5, 64), (5, 32)]
+    expected = np.log1p(dense) @ embedder.table[genes].detach().double().numpy()
+    assert_close(embedder.begin(to_counts(dense), panel), expected)
+
+
 def test_the_initial_gene_table(make_network):
     config = make_network(n_genes=2000, hidden=64).config
     table = TableEmbedder(config).table
