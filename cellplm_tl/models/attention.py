@@ -56,8 +56,8 @@ class FlowAttention(nn.Module):
     def project(self, x: Tensor) -> Projected:
         """(cells, hidden) → q, k (after the sigmoid) and v, each (cells, heads, head_dim)."""
         shape = (x.shape[0], self.heads, x.shape[1] // self.heads)
-        q = self.query(x).sigmoid().view(shape)
-        k = self.key(x).sigmoid().view(shape)
+        q = self.query(x).sigmoid_().view(shape)
+        k = self.key(x).sigmoid_().view(shape)
         return q, k, self.value(x).view(shape)
 
     def sums(self, number: int, block: Projected, context: Sums) -> Sums:

@@ -57,7 +57,7 @@ EPSILON = 1e-6
 # (in, out) of the products of one encoder layer: query, key, value, output, and the feed-forward.
 LAYER_SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, 2 * HIDDEN), (2 * HIDDEN, HIDDEN)]
 PROBE_ROWS = 1_000
-PROBE_EVERY = 3  # blocks
+PROBE_EVERY = 7  # blocks: seldom, for the products push the network out of the cache
 
 
 # --------------------------------------------------------------------------------------- baseline
