@@ -27,9 +27,7 @@ EPSILON = 1e-6  # e above, added to every entry (the release)
 COMPETITION_CLIP = 1.0  # bound of the competition's logit (the release)
 OUTPUT_DROPOUT = 0.01  # after the output projection, whatever the model's rate (the release)
 
-Sums = tuple[
-    Tensor, ...
-]  # what has been summed over the context so far, in the order of the rounds
+Sums = tuple[Tensor, ...]  # of the context so far, in the order of the rounds
 Projected = tuple[Tensor, Tensor, Tensor]  # q, k, v of a block, each (cells, heads, head_dim)
 
 

@@ -102,14 +102,26 @@ class _Trunk(nn.Module):
         return z
 
 
-class NegativeBinomialDecoder(nn.Module):
-    """The released decoder: mean = exp(...), one inverse dispersion per gene."""
+class _GeneDecoder(nn.Module):
+    """Trunk, bottleneck, and a linear map to each gene."""
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
         self.trunk = _Trunk(config)
         self.bottleneck = Linear(config.decoder_hidden, BOTTLENECK)
         self.genes = Linear(BOTTLENECK, config.n_genes)
+
+    def outputs(self, z: Tensor, genes: Tensor, covariates: Covariates) -> Tensor:
+        """(cells, latent) → (cells, genes)."""
+        t = self.bottleneck(self.trunk(z, covariates)).relu()
+        return linear(t, self.genes.weight[genes], self.genes.bias[genes])
+
+
+class NegativeBinomialDecoder(_GeneDecoder):
+    """The released decoder: mean = exp(...), one inverse dispersion per gene."""
+
+    def __init__(self, config: CellPLMConfig):
+        super().__init__(config)
         self.log_theta = nn.Parameter(torch.zeros(config.n_genes))
 
     def forward(
@@ -123,23 +135,12 @@ class NegativeBinomialDecoder(nn.Module):
 
         The clamp is on the exponent, so that nothing overflows, and lets its gradient through.
         """
-        t = self.bottleneck(self.trunk(z, covariates)).relu()
-        exponent = linear(t, self.genes.weight[genes], self.genes.bias[genes])
-        return Decoded(_bounded_exp(exponent, MEAN_BOUNDS), self.theta(genes))
-
-    def theta(self, genes: Tensor) -> Tensor:
-        """Return the inverse dispersion, (genes,)."""
-        return _bounded_exp(self.log_theta[genes], DISPERSION_BOUNDS)
+        mean = _bounded_exp(self.outputs(z, genes, covariates), MEAN_BOUNDS)
+        return Decoded(mean, _bounded_exp(self.log_theta[genes], DISPERSION_BOUNDS))
 
 
-class GaussianDecoder(nn.Module):
+class GaussianDecoder(_GeneDecoder):
     """Equation (9) of the appendix: the mean of lognorm expression, with constant variance."""
-
-    def __init__(self, config: CellPLMConfig):
-        super().__init__()
-        self.trunk = _Trunk(config)
-        self.bottleneck = Linear(config.decoder_hidden, BOTTLENECK)
-        self.genes = Linear(BOTTLENECK, config.n_genes)
 
     def forward(
         self,
@@ -149,8 +150,7 @@ class GaussianDecoder(nn.Module):
         background: Background | None = None,
     ) -> Decoded:
         """(cells, latent) → mean of lognorm expression (cells, genes)."""
-        t = self.bottleneck(self.trunk(z, covariates)).relu()
-        return Decoded(linear(t, self.genes.weight[genes], self.genes.bias[genes]), None)
+        return Decoded(self.outputs(z, genes, covariates), None)
 
 
 class ProfileDecoder(nn.Module):

@@ -84,9 +84,9 @@ def embed(
             The embedding; Euclidean distances are meant.
         `obs["cellplm_known"]` : float32, in [0, 1]
             Models with a spectrum: the share of a cell's (scaled, centred) expression that the
-            factors of the pretraining pool explain. Counting noise is never explained: 0.06 to 0.1
-            is usual for whole transcriptomes, 0.2 to 0.4 for panels of hundreds of genes. Compare
-            cells and data sets of like depth and genes.
+            factors of the pretraining pool explain. Counting noise is never explained: 0.04 to 0.17
+            is usual for whole transcriptomes, 0.2 to 0.4 for hundreds of genes. Compare cells and
+            data sets of like depth and genes.
         `uns["cellplm"][key_added]` : dict
             The record: what was done, on what, with what.
 
@@ -191,7 +191,7 @@ def embed(
 def _warn_of_contexts(cells: Any, between_share: float) -> None:
     """Say when contexts are too small, or look like cell types."""
     small = sum(len(rows) < SMALL_CONTEXT for rows in cells.contexts)
-    if small and cells.n_cells:
+    if small:
         warnings.warn(
             f"{small} of {len(cells.contexts)} contexts have fewer than {SMALL_CONTEXT} cells. A "
             "cell is compared with the mean of its context, which says little there (a single cell "

@@ -281,14 +281,15 @@ def _terms(
         )
     }
     terms |= network.latent.terms(encoded.posterior, z)
+    terms = {name: term.float() for name, term in terms.items()}
     hidden = (example.target * example.weights).sum(1)
     cell_weight = (hidden > 0) / (hidden + DEPTH_OFFSET)
-    cell_weight = cell_weight / cell_weight.sum().clamp(min=1e-12)
-    weights = {name: warm * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
-    result = {name: (cell_weight * term.float()).sum() for name, term in terms.items()}
-    per_cell = sum(weights.get(name, 1.0) * term.float() for name, term in terms.items())
-    scale = 1 / (hidden + DEPTH_OFFSET)
-    result["loss"] = (per_cell * scale * (hidden > 0)).mean()
+    # Each term is logged in nats of a mean cell; the loss keeps the weights' own scale.
+    total_weight = cell_weight.sum().clamp(min=1e-12)
+    result = {name: (cell_weight * term).sum() / total_weight for name, term in terms.items()}
+    kl_weight = {name: warm * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
+    bound_of_cell = sum(kl_weight.get(name, 1.0) * term for name, term in terms.items())
+    result["loss"] = (cell_weight * bound_of_cell).mean()
     mean = decoded.mean if decoded.theta is not None else decoded.mean.expm1().clamp(min=0)
     baseline = profile if profile is not None else example.target.mean(0)
     result["gain"] = explained_likelihood(

@@ -1,9 +1,10 @@
-"""How much of what a model knows lies between contexts: samples beside cell types taken by mistake.
+"""What `embed` says of a data set: the share it knows, and the share that lies between contexts.
 
     ./dev bench contexts
 
-The share tells samples from types well enough to warn (`TYPE_LIKE_SHARE` in
-cellplm_tl/tl/embed.py). Reads the data of ../shared; writes contexts.md beside this file.
+The second share tells samples from types, taken for samples by mistake, well enough to warn
+(`TYPE_LIKE_SHARE` in cellplm_tl/tl/embed.py). Reads the data of ../shared; writes contexts.md
+beside this file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ SETS = (
     ("samples", "pretrain/pbmc_covid_combat2022", "donor"),
     ("samples", "pretrain/t_cells_treg_tconv_deconvseq", "batch"),
     ("samples", "pretrain/a549_metastasis_vision", "batch"),
+    ("samples", "spatial/lung_cosmx", "fov"),
+    ("samples", "spatial/breast_xenium", "fov"),
+    ("samples", "pretrain_spatial/pancreas_xenium", "fov"),
     ("types", "dev/pbmc_sorted_zheng2017", "cell_type"),
     ("types", "dev/pancreas_reference_baron2016", "cell_type"),
     ("types", "dev/pancreas_query_segerstolpe2016", "cell_type"),
@@ -54,13 +58,16 @@ def main() -> None:
                 "contexts are": kind,
                 "data": name.split("/")[1],
                 "batch_key": key,
+                "cells × genes": f"{adata.n_obs:,} × {adata.n_vars:,}",
                 "contexts": record["contexts"]["n_contexts"],
+                "known": round(record["known"], 2),
                 "share between": round(record["share_between_contexts"], 2),
             }
         )
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows).sort_values(["contexts are", "share between"])
-    head = "# Contexts: samples and types\n\n`./dev bench contexts` wrote this page.\n\n"
+    head = "# What is known, and what lies between contexts\n\n"
+    head += "`./dev bench contexts` wrote this page.\n\n"
     (HERE / "contexts.md").write_text(head + table.to_markdown(index=False) + "\n")
 
 

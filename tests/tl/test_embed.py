@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from cellplm_tl._errors import (
     OptionError,
     SlotError,
 )
+from cellplm_tl._genes import canonical, resolve
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 MODELS = ["mini", "linear_transfer"]
@@ -56,6 +59,55 @@ def test_more_components_than_there_are(pbmc_counts):
     embedding = adata.obsm["X_cellplm"]
     assert embedding.shape == (40, 500)
     np.testing.assert_allclose(embedding[:, 40:], 0, atol=1e-2)  # the rank of 40 cells is 39
+
+
+@pytest.mark.parametrize("batch_key", [None, "sample"])
+def test_the_floor_written_out(pbmc_counts, batch_key):
+    """`linear_transfer` in dense float64, from the formulas of docs/methods/embed.md."""
+    adata = pbmc_counts
+    adata.obs["sample"] = np.arange(700) % 2
+    cp.tl.embed(adata, model="linear_transfer", batch_key=batch_key, n_components=8)
+
+    model = cp.models.load("linear_transfer")
+    spectrum = {name: t.double().numpy() for name, t in model.network.embedder.state_dict().items()}
+    gene_ids = canonical(resolve(adata.var_names).gene_ids)
+    position = {gene: row for row, gene in enumerate(canonical(model.genes))}
+    columns = [c for c, gene in enumerate(gene_ids) if gene in position]
+    rows = [position[gene_ids[c]] for c in columns]
+    assert len(set(rows)) == len(rows)  # no gene stands in two columns here
+    counts = adata.X.toarray().astype(float)
+    library = counts[:, [c for c, gene in enumerate(gene_ids) if gene]].sum(1, keepdims=True)
+    y = np.log1p(1e4 * counts[:, columns] / library)
+    context = np.zeros(700) if batch_key is None else adata.obs[batch_key].to_numpy()
+    mean = np.stack([y[context == c].mean(0) for c in context])
+    x = np.clip((y - mean) / spectrum["scale"][rows], -5, 10)
+    v, eigenvalues = spectrum["loadings"][rows], spectrum["eigenvalues"]
+    f = np.linalg.solve(v.T @ v / 0.2 + np.diag(1 / eigenvalues), v.T @ x.T / 0.2).T
+    z, residual = f / np.sqrt(eigenvalues), x - f @ v.T
+    scaled = z * np.sqrt(f.var(0).sum() / z.var(0).sum())
+    representation = np.hstack([scaled, 0.7 * residual])
+    u, s, _ = np.linalg.svd(representation - representation.mean(0), full_matrices=False)
+    expected = u[:, :8] * s[:8]
+
+    embedding = adata.obsm["X_cellplm"]
+    expected *= np.sign((expected * embedding).sum(0))
+    # The iteration tells components apart as their variances differ; the first are well apart.
+    np.testing.assert_allclose(embedding[:, :3], expected[:, :3], atol=2e-2)
+    captured = (embedding.astype(float) ** 2).sum() / (expected**2).sum()
+    assert 0.997 < captured < 1.0001
+    known = 1 - (residual**2).sum(1) / (x**2).sum(1)
+    np.testing.assert_allclose(adata.obs["cellplm_known"], known, atol=1e-4)
+
+
+def test_the_bar_ends_at_the_last_cell(pbmc_counts, monkeypatch):
+    bars = []
+    module = sys.modules["cellplm_tl.tl.embed"]
+    make = module.progress_bar
+    monkeypatch.setattr(module, "progress_bar", lambda n: bars.append(make(n)) or bars[-1])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with cp.settings.override(progress=True):
+        cp.tl.embed(pbmc_counts)
+    assert [round(bar.n, 3) for bar in bars] == [700]
 
 
 def test_key_added_moves_everything(pbmc_counts):

@@ -58,6 +58,26 @@ def test_it_learns_to_predict_hidden_counts(files, tmp_path):
     assert cp.models.load(tmp_path / "model").sha256 == model.sha256
 
 
+def test_the_loss_is_the_weighted_bound(files, tmp_path):
+    """Mean over cells of (reconstruction + weighted KL terms) / (hidden counts + 200)."""
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    run = config(files[:1], tmp_path / "model", kl_weight={"latent": 0.3, "components": 0.6})
+    network = module.build(run).eval()
+    source = module.Source("half0", module.read_file(files[0], network.config.genes))
+    example = module.draw_example([source], cp.train.Corruption(thin=0.0), 0, 1)
+    with torch.no_grad():
+        terms = module._terms(network, example, run, warm=0.5, sample=False)
+        posterior = network(example.counts, example.genes).posterior
+        decoded = network.decode(posterior.mean, example.target_genes)
+        nll = module.reconstruction(decoded, example.target, example.weights)
+        kl = network.latent.terms(posterior, posterior.mean)
+    hidden = (example.target * example.weights).sum(1)
+    assert (hidden == 0).any()  # cells that were not masked take no part
+    per_cell = nll + 0.5 * (0.3 * kl["latent"] + 0.6 * kl["components"])
+    expected = torch.where(hidden > 0, per_cell / (hidden + 200), 0).mean()
+    assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_paper_s_variants_train(files, tmp_path):
     for number, change in enumerate(
         ({"latent": "gaussian"}, {"latent": "linear"}, {"encoder": "mlp"}, {"decoder": "gaussian"})
