@@ -557,6 +557,7 @@ def check_names(
     where: str,
     *,
     wanted: str = "known human genes",
+    at_least: int = MIN_GENES,
 ) -> None:
     """Judge the names of a matrix as a whole.
 
@@ -570,11 +571,13 @@ def check_names(
         Where the names were read, as :func:`choose_gene_names` says it.
     wanted
         What was looked for, in words.
+    at_least
+        How many have to be matched.
 
     Raises
     ------
     GenesError
-        The names are spelled like mouse genes, or fewer than 50 are matched.
+        The names are spelled like mouse genes, or fewer than `at_least` are matched.
 
     Warns
     -----
@@ -591,10 +594,11 @@ def check_names(
             "write them in upper case."
         )
     misses = unmatched(names, is_matched)
-    if n_matched < MIN_GENES:
+    if n_matched < at_least:
         raise GenesError(
-            f"{n_matched:,} of {len(names):,} {where} are {wanted}; at least {MIN_GENES} are "
-            f"needed. {_advice(misses)} If genes were left out, adata.raw.to_adata() may have them."
+            f"{n_matched:,} of {len(names):,} {where} are {wanted}; at least {at_least} "
+            f"{'is' if at_least == 1 else 'are'} needed. {_advice(misses)} If genes were left out, "
+            "adata.raw.to_adata() may have them."
         )
     upper = [name for name in misses if _UPPER_CASE_MOUSE_NAME.fullmatch(name)]
     if len(upper) > UPPER_CASE_MOUSE_LIMIT * len(names):

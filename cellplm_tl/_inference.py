@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,13 @@ KEPT_HEAP_BYTES = 31 * 2**20
 Sums = tuple[Tensor, ...]
 
 
+class ContextSums(NamedTuple):
+    """All that a cell needs to know of its context."""
+
+    embedder: Sums
+    layers: tuple[Sums, ...]  # of the encoder
+
+
 @dataclass(frozen=True)
 class Encoding:
     """What a network makes of cells; arrays in the order of the cells."""
@@ -59,6 +66,7 @@ class Encoding:
     latent: NDArray[np.float32]  # (cells, latent): mean of the posterior
     panel: Any  # the embedder's view of the measured genes
     context_sums: tuple[Sums, ...]  # the embedder's sums over each context
+    layer_sums: tuple[tuple[Sums, ...], ...]  # likewise the encoder's, where they were asked for
     factors: NDArray[np.float32] | None = None  # (cells, factors); models with a spectrum only,
     explained: NDArray[np.float32] | None = None  # (cells,); as are
     total: NDArray[np.float32] | None = None  # (cells,); these
@@ -68,6 +76,8 @@ def encode(
     network: CellPLM,
     cells: Cells,
     *,
+    stored: ContextSums | None = None,
+    keep_layer_sums: bool = False,
     device: torch.device | None = None,
     bar: tqdm | None = None,
     bar_share: float = 1.0,
@@ -80,6 +90,11 @@ def encode(
         Stays as it is, in its mode and on its device.
     cells
         Read block by block: once, and once more for each round of sums of the embedder.
+    stored
+        Sums that stand in for those of the data: each cell then depends on itself alone. The
+        embedder's are over all genes of the model.
+    keep_layer_sums
+        Whether to return the encoder's sums over each context.
     device
         Where to compute; by default that of the settings.
     bar, bar_share
@@ -99,9 +114,11 @@ def encode(
     device = settings.torch_device() if device is None else device
     network = _converted(network, device, settings.precision)
     parts = (network.embedder, *network.encoder)
-    n_sweeps = 1 + sum(part.n_rounds + 1 for part in parts)
+    n_sweeps = 1 + sum(1 + (0 if stored else part.n_rounds) for part in parts)
     outputs: dict[str, NDArray[np.float32]] = {}
     sums = []
+    if stored is not None:
+        stored = _moved(_on_genes(stored, cells.gene_index), device)
     own_bar = progress_bar(cells.n_cells) if bar is None else contextlib.nullcontext(bar)
     with torch.inference_mode(), own_bar as bar:
         workspace = _Workspace(network, cells, device)
@@ -110,10 +127,13 @@ def encode(
             context = _Context(
                 cells, rows, workspace, lambda n: bar.update(bar_share * n / n_sweeps)
             )
-            sums.append(_encode_context(network, panel, context, outputs))
+            of_context = _encode_context(network, panel, context, stored, outputs)
+            sums.append(of_context if keep_layer_sums else of_context._replace(layers=()))
+    sums = [_moved(of_context, "cpu") for of_context in sums]
     return Encoding(
         panel=_moved(panel, "cpu"),
-        context_sums=tuple(_moved(context_sums, "cpu") for context_sums in sums),
+        context_sums=tuple(of_context.embedder for of_context in sums),
+        layer_sums=tuple(of_context.layers for of_context in sums),
         **outputs,
     )
 
@@ -135,35 +155,53 @@ def read_block(cells: Cells, rows: NDArray[np.int64]) -> Counts:
     return Counts(*(torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays))
 
 
+def _on_genes(stored: ContextSums, genes: NDArray[np.int64]) -> ContextSums:
+    """Return stored sums with those over genes cut to the measured ones."""
+    index = torch.from_numpy(genes)
+    embedder = tuple(total[index] if total.ndim else total for total in stored.embedder)
+    return stored._replace(embedder=embedder)
+
+
 def _encode_context(
-    network: CellPLM, panel: Any, context: _Context, outputs: dict[str, NDArray[np.float32]]
-) -> Sums:
-    """Take one context through embedder, layers and latent; return the embedder's sums."""
+    network: CellPLM,
+    panel: Any,
+    context: _Context,
+    stored: ContextSums | None,
+    outputs: dict[str, NDArray[np.float32]],
+) -> ContextSums:
+    """Take one context through embedder, layers and latent; return the sums that were used."""
     embedder = network.embedder
 
     def expression() -> Iterator[tuple[slice, Any]]:
         for span in context.sweep():
             yield span, embedder.begin(context.counts(span), panel)
 
-    sums = _add_up(
-        embedder.n_rounds, expression, lambda number, block, _: embedder.sums(number, block, panel)
-    )
+    if stored is None:
+        sums = _add_up(
+            embedder.n_rounds,
+            expression,
+            lambda number, block, _: embedder.sums(number, block, panel),
+        )
+    else:
+        sums = stored.embedder
     for span, block in expression():
         embedded = embedder.finish(block, panel, sums, context.positions(span))
         context.hidden[span] = embedded.hidden
         for name in ("factors", "explained", "total"):
             context.write(outputs, name, span, getattr(embedded, name))
-    for layer in network.encoder:
-        _pass_layer(layer, context)
+    layers = tuple(
+        _pass_layer(layer, context, None if stored is None else stored.layers[number])
+        for number, layer in enumerate(network.encoder)
+    )
     for span in context.sweep():
         factors = context.read(outputs, "factors", span)
         posterior = network.to_latent(context.hidden[span].to(context.device), factors)
         context.write(outputs, "latent", span, posterior.mean)
-    return sums
+    return ContextSums(sums, layers)
 
 
-def _pass_layer(layer: Any, context: _Context) -> None:
-    """Take the hidden vectors of a context through one layer."""
+def _pass_layer(layer: Any, context: _Context, stored: Sums | None) -> Sums:
+    """Take the hidden vectors of a context through one layer; return the sums that were used."""
     context.kept.clear()
 
     def begun() -> Iterator[tuple[slice, Any]]:
@@ -175,11 +213,14 @@ def _pass_layer(layer: Any, context: _Context) -> None:
                 context.kept.write(span, block[1:])
             yield span, block
 
-    sums = _add_up(
-        layer.n_rounds, begun, lambda number, block, before: layer.sums(number, block, before)
-    )
+    sums = stored
+    if sums is None:
+        sums = _add_up(
+            layer.n_rounds, begun, lambda number, block, before: layer.sums(number, block, before)
+        )
     for span, block in begun():
         context.hidden[span] = layer.finish(block, sums)
+    return sums
 
 
 def _add_up(

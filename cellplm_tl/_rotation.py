@@ -1,13 +1,21 @@
-"""The embedding of a spectrum model: components of latent and residual, block by block."""
+"""The embedding of a spectrum model: principal components of latent and residual, block by block.
+
+The representation of a cell is [c z, w r] (see `models.representation`). A `Frame` is what turns
+the representation of any cell into its embedding: directions, their mean, and two scales. It is
+found on some cells, as a rule those of the data themselves, and can be used on others: those of a
+query in the space of its reference, or any cell in the space that is stored with a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from cellplm_tl._anndata import Cells
 from cellplm_tl._inference import Encoding, blocks, read_block
@@ -17,21 +25,35 @@ from cellplm_tl.models.representation import (
     OVERSAMPLING,
     Columns,
     RepresentationBlock,
+    Rotation,
     find_rotation,
 )
 
+N_PASSES = N_ITERATIONS + 1  # over the cells, to find a frame; one more projects them
 
-def rotate(
+ROWS = 4096  # cells that are looked at in one go where nothing but their latent is needed
+
+Advance = Callable[[float], object]  # told of every pass over some cells: how many
+
+
+class Frame(NamedTuple):
+    """What turns latent and residual of any cell into its embedding."""
+
+    rotation: Rotation  # components over the latent and the genes below
+    genes: NDArray[np.int64]  # (genes,): positions in the model's list, ascending
+    latent_scale: float  # c
+    residual_length: float  # root mean square length of r, in models of unit length
+
+
+def find_frame(
     network: CellPLM,
     cells: Cells,
     encoding: Encoding,
     n_components: int,
     rng: np.random.Generator,
-    *,
-    bar: tqdm | None = None,
-    bar_share: float = 1.0,
-) -> NDArray[np.float32]:
-    """Rotate latent and residual to their principal components over all cells.
+    advance: Advance = lambda n: None,
+) -> Frame:
+    """Find the principal components of latent and residual over all cells.
 
     Parameters
     ----------
@@ -40,52 +62,72 @@ def rotate(
     cells, encoding
         The cells and what :func:`encode` made of them.
     n_components
-        Width of the result. Columns beyond the rank of the data are 0.
+        Width of the embedding; components beyond the rank of the data are left out.
     rng
         Draws the columns that the iteration starts from; a gene's numbers do not depend on which
         others are measured.
-    bar, bar_share
-        Progress bar over the cells to advance, and by which share of it.
-
-    Returns
-    -------
-    numpy.ndarray, shape (cells, n_components), float32
+    advance
+        Told of the cells of every pass.
     """
-    result = np.zeros((cells.n_cells, n_components), np.float32)
-    n_columns = min(n_components + OVERSAMPLING, network.config.latent_size + len(cells.genes))
-    start = rng.standard_normal((network.config.latent_size + network.config.n_genes, n_columns))
-    n_latent = network.config.latent_size
+    n_latent, n_genes = network.config.latent_size, len(cells.genes)
+    n_columns = min(n_components + OVERSAMPLING, n_latent + n_genes)
+    start = rng.standard_normal((n_latent + network.config.n_genes, n_columns))
     columns = Columns(
         torch.from_numpy(start[:n_latent].astype(np.float32)),
         torch.from_numpy(start[n_latent:][cells.gene_index].astype(np.float32)),
     )
-    scale = latent_scale(encoding)
+    scales = latent_scale(network, encoding), residual_length(encoding)
 
-    n_passes = N_ITERATIONS + 2
+    def sweep() -> Iterator[RepresentationBlock]:
+        for rows, block in representation_blocks(network, cells, encoding, *scales):
+            yield block
+            advance(len(rows))
 
-    def sweep() -> Iterator[tuple[NDArray[np.int64], RepresentationBlock]]:
-        for rows, block in _blocks(network, cells, encoding, scale):
-            yield rows, block
-            if bar is not None:
-                bar.update(bar_share * len(rows) / n_passes)
+    rotation = find_rotation(sweep, columns, cells.n_cells, n_components)
+    return Frame(rotation, cells.gene_index, *scales)
 
-    rotation = find_rotation(
-        lambda: (block for _, block in sweep()), columns, cells.n_cells, n_components
-    )
-    for rows, block in sweep():
+
+def project(
+    network: CellPLM,
+    cells: Cells,
+    encoding: Encoding,
+    frame: Frame,
+    n_components: int,
+    advance: Advance = lambda n: None,
+) -> NDArray[np.float32]:
+    """Return the embedding of all cells in a frame, (cells, n_components) float32.
+
+    Directions of genes that the cells do not measure take no part. Columns beyond the frame's
+    components are 0.
+    """
+    result = np.zeros((cells.n_cells, n_components), np.float32)
+    rotation = _on_genes(frame, cells.gene_index, n_components)
+    scales = frame.latent_scale, frame.residual_length
+    for rows, block in representation_blocks(network, cells, encoding, *scales):
         scores = rotation.scores(block).numpy()
         result[rows, : scores.shape[1]] = scores
+        advance(len(rows))
     return result
 
 
-def latent_scale(encoding: Encoding) -> float:
-    """Return the factor that gives the latent the total variance of the factors."""
+def latent_scale(network: CellPLM, encoding: Encoding) -> float:
+    """Return the factor that gives the latent's part the total variance of the factors."""
     assert encoding.factors is not None
-    if not len(encoding.latent):
-        return 1.0
-    latent = float(encoding.latent.var(0, dtype=np.float64).sum())
-    factors = float(encoding.factors.var(0, dtype=np.float64).sum())
+    n_cells = len(encoding.latent)
+    total, square = torch.zeros(network.config.latent_size, dtype=torch.float64), 0.0
+    for begin in range(0, n_cells, ROWS):
+        part = latent_part(network, encoding, slice(begin, begin + ROWS)).double()
+        total += part.sum(0)
+        square += float(part.square().sum())
+    latent = (square - float(total.square().sum()) / max(1, n_cells)) / max(1, n_cells)
+    factors = float(encoding.factors.var(0, dtype=np.float64).sum()) if n_cells else 0.0
     return (factors / latent) ** 0.5 if latent > 0 else 1.0
+
+
+def residual_length(encoding: Encoding) -> float:
+    """Return the root mean square length of what the factors leave unexplained."""
+    lengths = _residual_lengths(encoding)
+    return float(np.square(lengths, dtype=np.float64).mean() ** 0.5) if len(lengths) else 0.0
 
 
 def known_share(encoding: Encoding) -> tuple[NDArray[np.float32], float]:
@@ -120,23 +162,63 @@ def between_share(network: CellPLM, encoding: Encoding) -> float:
     return between / (between + within) if between + within > 0 else 0.0
 
 
-def _blocks(
-    network: CellPLM, cells: Cells, encoding: Encoding, scale: float
+def latent_part(network: CellPLM, encoding: Encoding, rows: slice | NDArray[np.int64]) -> Tensor:
+    """Return z of some cells; of unit length, and joined by the factors' direction, if so set."""
+    latent = torch.from_numpy(encoding.latent[rows])
+    config = network.config
+    if not config.unit_length:
+        return latent
+    assert encoding.factors is not None
+    factors = network.embedder.unit_factors(torch.from_numpy(encoding.factors[rows]))
+    of_latent, of_factors = F.normalize(latent, dim=1), F.normalize(factors, dim=1)
+    share = config.factor_share
+    return F.normalize((1 - share) * of_latent + share * of_factors, dim=1)
+
+
+def _residual_lengths(encoding: Encoding) -> NDArray[np.float32]:
+    assert encoding.explained is not None and encoding.total is not None
+    return np.sqrt(np.maximum(encoding.total - encoding.explained, 0))
+
+
+def representation_blocks(
+    network: CellPLM,
+    cells: Cells,
+    encoding: Encoding,
+    latent_scale: float,
+    residual_length: float,
 ) -> Iterator[tuple[NDArray[np.int64], RepresentationBlock]]:
+    """Give the representation of every block of cells."""
     embedder, panel = network.embedder, encoding.panel
     assert encoding.factors is not None
+    lengths = _residual_lengths(encoding)
     for number, rows in blocks(cells, network):
         counts = read_block(cells, rows)
         expression = embedder.scaled(
             embedder.begin(counts, panel), panel, encoding.context_sums[number]
         )
+        weight = np.full(len(rows), network.config.residual_weight, np.float32)
+        if network.config.unit_length:
+            weight *= residual_length / np.maximum(lengths[rows], np.finfo(np.float32).eps)
+            weight[lengths[rows] == 0] = 0
         yield (
             rows,
             RepresentationBlock(
-                torch.from_numpy(scale * encoding.latent[rows]),
+                latent_scale * latent_part(network, encoding, rows),
                 expression,
                 torch.from_numpy(np.ascontiguousarray(encoding.factors[rows])),
                 panel.loadings,
-                network.config.residual_weight,
+                torch.from_numpy(weight),
             ),
         )
+
+
+def _on_genes(frame: Frame, genes: NDArray[np.int64], n_components: int) -> Rotation:
+    """Return a frame's rotation for cells that measure these genes."""
+    components, mean = frame.rotation
+    if not np.array_equal(frame.genes, genes):
+        at = np.minimum(np.searchsorted(frame.genes, genes), len(frame.genes) - 1)
+        has_direction = torch.from_numpy(frame.genes[at] == genes)
+        directions = components.genes[torch.from_numpy(at)] * has_direction[:, None]
+        components = Columns(components.latent, directions)
+    first = slice(n_components)
+    return Rotation(Columns(components.latent[:, first], components.genes[:, first]), mean[first])

@@ -37,6 +37,7 @@ from cellplm_tl.models.network import count_parameters
 
 FORMAT = 1  # of our directory
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "card.md"
+CONTEXT = "context.safetensors"  # only of models that keep a context
 NO_CARD = "No card was written for this model; what is known of it stands in config.json.\n"
 RELEASE_WEIGHTS, RELEASE_CONFIG = ".best.ckpt", ".config.json"
 PACKAGED = Path(__file__).parent / "data" / "models"
@@ -58,6 +59,9 @@ class Model:
         What its maker recorded: data, licences, steps, seed, source.
     card : str
         Text of its model card; empty where it has none.
+    context : dict of str to Tensor
+        Sums over a stored context, and the frame of the embedding found on it, which can stand in
+        for those of the data; empty where the model keeps none.
 
     Examples
     --------
@@ -72,6 +76,7 @@ class Model:
     sha256: str = ""
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
     card: str = field(default="", repr=False)
+    context: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> CellPLMConfig:
@@ -230,7 +235,10 @@ def save(
         raise FileExistsError(f"{path} exists; choose another path or pass overwrite=True.")
     if card is None and isinstance(model, Model):
         card = model.card
-    return write_directory(path, network, provenance, card or NO_CARD, dtype, shared=None)
+    context = model.context if isinstance(model, Model) else {}
+    return write_directory(
+        path, network, provenance, card or NO_CARD, dtype, shared=None, context=context
+    )
 
 
 def available() -> pd.DataFrame:
@@ -294,33 +302,26 @@ def write_directory(
     card: str,
     dtype: str,
     shared: dict[str, Any] | None,
+    context: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a model's files aside and move them into place.
 
     `shared` names the model of the package that holds some of the tensors, and those tensors.
     """
     left_out = set(shared["tensors"]) if shared else set()
-    tensors = {
-        name: tensor.detach()
-        .to("cpu", torch.float16 if dtype == "float16" and tensor.ndim > 1 else torch.float32)
-        .contiguous()
-        for name, tensor in network.state_dict().items()
-        if name not in left_out
-    }
-    lost = [
-        name
-        for name, tensor in network.state_dict().items()
-        if name in tensors and not torch.equal(tensor.isfinite().cpu(), tensors[name].isfinite())
-    ]
-    if lost:
-        raise WeightsError(f"{', '.join(lost)}: values too large for {dtype}. Save as float32.")
+    own = {name: t for name, t in network.state_dict().items() if name not in left_out}
+    tensors, kept = _in_dtype(own, dtype), _in_dtype(context or {}, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         save_file(tensors, aside / WEIGHTS)
+        hashes = {"sha256": _sha256(aside / WEIGHTS)}
+        if kept:
+            save_file(kept, aside / CONTEXT)
+            hashes["context_sha256"] = _sha256(aside / CONTEXT)
         config = {
             "format": FORMAT,
-            "sha256": _sha256(aside / WEIGHTS),
+            **hashes,
             "parameters": count_parameters(network),
             "shared": shared,
             "provenance": provenance,
@@ -342,24 +343,47 @@ def write_directory(
     return path
 
 
+def _in_dtype(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Return tensors as they are stored: matrices in `dtype`, vectors and numbers as float32."""
+    stored, lost = {}, []
+    for name, tensor in tensors.items():
+        is_half = dtype == "float16" and tensor.ndim > 1
+        stored[name] = tensor.detach().to("cpu", torch.float16 if is_half else torch.float32)
+        stored[name] = stored[name].contiguous()
+        if not torch.equal(tensor.isfinite().cpu(), stored[name].isfinite()):
+            lost.append(name)
+    if lost:
+        raise WeightsError(f"{', '.join(lost)}: values too large for {dtype}. Save as float32.")
+    return stored
+
+
 def _load_directory(path: Path) -> Model:
     config = _read_config(path / CONFIG)
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        raise ModelNotFoundError(f"{path} has a {CONFIG} but no {WEIGHTS}.")
-    sha256 = _sha256(weights)
-    if sha256 != config["sha256"]:
-        raise WeightsError(
-            f"{weights} has sha256 {sha256[:12]}…, its config says {config['sha256'][:12]}…: "
-            "the file is damaged or belongs to another config. Copy both files again."
-        )
-    tensors = dict(_tensors(weights))
+    tensors = _checked(path / WEIGHTS, config["sha256"])
+    context = {}
+    if "context_sha256" in config:
+        stored = _checked(path / CONTEXT, config["context_sha256"])
+        context = {name: tensor.float() for name, tensor in stored.items()}
     if config["shared"]:
         tensors |= _shared_tensors(config["shared"], path)
     network = _build(partial(CellPLMConfig.from_dict, config["architecture"]), path)
-    _fill(network, tensors, weights)
+    _fill(network, tensors, path / WEIGHTS)
     card = (path / CARD).read_text() if (path / CARD).is_file() else ""
-    return Model(network.eval(), path.resolve().name, sha256, config["provenance"], card)
+    name = path.resolve().name
+    return Model(network.eval(), name, config["sha256"], config["provenance"], card, context)
+
+
+def _checked(file: Path, expected: str) -> dict[str, Tensor]:
+    """Read a safetensors file whose sha256 its config states."""
+    if not file.is_file():
+        raise ModelNotFoundError(f"{file.parent} has a {CONFIG} but no {file.name}.")
+    sha256 = _sha256(file)
+    if sha256 != expected:
+        raise WeightsError(
+            f"{file} has sha256 {sha256[:12]}…, its config says {expected[:12]}…: "
+            "the file is damaged or belongs to another config. Copy both files again."
+        )
+    return dict(_tensors(file))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

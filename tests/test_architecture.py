@@ -25,6 +25,7 @@ FLOORS = [
     {"_anndata"},
     {"_inference", "metrics"},
     {"_rotation", "train"},
+    {"_stored"},
     {"pp", "tl", "pl"},
     {"__init__"},
 ]

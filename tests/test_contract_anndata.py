@@ -364,6 +364,9 @@ def test_few_cells(name, n_cells, pbmc_counts):
         if slot[0] in {"obs", "obsm", "obsp", "layers"}:
             assert len(_plain(value)) == n_cells
         array = _plain(value)
+        if slot[0] == "varm":  # a gene that the model lacks is a row of NaN
+            array = array[~np.isnan(array).all(axis=1)]
+            assert len(array)
         assert array.dtype.kind != "f" or np.isfinite(array).all(), slot
 
 

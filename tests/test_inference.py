@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import cellplm_tl as cp
 from cellplm_tl import _anndata, _genes, _inference
 from cellplm_tl._errors import OptionError
-from cellplm_tl._inference import blocks, encode, read_block
+from cellplm_tl._inference import ContextSums, blocks, encode, read_block
 from cellplm_tl.models import CellPLM, CellPLMConfig
 
 SPECTRUM = {"embedder": "spectrum", "factors": 12, "latent_size": 12}
@@ -35,6 +35,7 @@ NETWORKS = {
         "latent": "none",
         "decoder": "none",
     },
+    "unit length": {**SPECTRUM, "unit_length": True, "target_sum": "panel"},
     "w/o attention": {"encoder": "mlp", "latent": "gaussian"},
     "w/o latent": {"latent": "none", "latent_size": 32},
 }
@@ -64,7 +65,7 @@ def make_network(gene_ids):
             embedder.loadings.normal_(std=0.05, generator=generator)
             embedder.eigenvalues.uniform_(1, 20, generator=generator)
             embedder.scale.uniform_(0.5, 2, generator=generator)
-        if name == "spectrum":
+        if name in ("spectrum", "unit length"):
             network.latent.mean.weight.data.normal_(std=0.1, generator=generator)  # else 0
         return network
 
@@ -247,6 +248,92 @@ def test_bf16_is_close(name, make_network, adata, make_cells):
     assert deviation < 0.05
     has_products = name != "spectrum alone"
     assert (deviation > 1e-4) == has_products
+
+
+# --- sums that are given --------------------------------------------------------------------------
+
+SUMS = {  # of a layer of 4 heads of 8: n, K, Q, K', Q', Z, M
+    "flow": [(), (4, 8), (4, 8), (4, 8), (4, 8), (4,), (4, 8, 8)],
+    "mlp": [],
+}
+
+
+def stored(network, cells, encoding, number: int) -> ContextSums:
+    """Give the sums of one context as they are stored: those of the embedder over all genes."""
+    embedder = []
+    for total in encoding.context_sums[number]:
+        if total.ndim:
+            on_all = torch.full((network.config.n_genes,), float("nan"))  # not to be looked at
+            on_all[torch.from_numpy(cells.gene_index)] = total
+            total = on_all
+        embedder.append(total)
+    return ContextSums(tuple(embedder), encoding.layer_sums[number])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sums_of_layers_are_kept_where_asked_for(name, make_network, adata, make_cells):
+    network, cells = make_network(name), make_cells(adata)
+    n_layers = len(network.encoder)
+    plain, keeping = encode(network, cells), encode(network, cells, keep_layer_sums=True)
+    assert_same(keeping, as_dict(plain))
+    assert plain.layer_sums == ((), ())
+    assert len(keeping.layer_sums) == len(cells.contexts) == 2
+    assert len(keeping.context_sums) == len(plain.context_sums) == 2
+    for rows, layers in zip(cells.contexts, keeping.layer_sums, strict=True):
+        assert len(layers) == n_layers
+        for sums in layers:
+            assert [tuple(total.shape) for total in sums] == SUMS[network.config.encoder]
+            assert all(total.dtype == torch.float32 for total in sums)
+            assert not sums or sums[0] == len(rows)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_context_s_own_sums_give_what_it_gives(
+    name, make_network, adata, make_cells, monkeypatch
+):
+    """Each context by itself, whole, in part and in small blocks."""
+    network, cells = make_network(name), make_cells(adata, spatial_key=None)
+    expected = encode(network, cells, keep_layer_sums=True)
+    for number, rows in enumerate(cells.contexts):
+        sums = stored(network, cells, expected, number)
+        of_context = {
+            key: None if value is None else value[rows] for key, value in as_dict(expected).items()
+        }
+        part = make_cells(adata[rows].copy(), batch_key=None, spatial_key=None)
+        again = encode(network, part, stored=sums, keep_layer_sums=True)
+        assert_same(again, of_context)
+        for used, wanted in zip(
+            (again.context_sums[0], *again.layer_sums[0]),
+            (expected.context_sums[number], *sums.layers),
+            strict=True,
+        ):
+            assert all(torch.equal(one, other) for one, other in zip(used, wanted, strict=True))
+        few = make_cells(adata[rows[5:25]].copy(), batch_key=None, spatial_key=None)
+        of_few = {key: None if v is None else v[5:25] for key, v in of_context.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(_inference, "_block_cells", lambda *_: 3)
+            with cp.settings.override(memory_budget=1):
+                assert_same(encode(network, few, stored=sums), of_few)
+
+
+@pytest.mark.parametrize("name", ["paper", "spectrum"])
+def test_sums_of_others_change_a_cell(name, make_network, adata, make_cells):
+    network, cells = make_network(name), make_cells(adata, spatial_key=None)
+    own = encode(network, cells, keep_layer_sums=True)
+    of_first = encode(network, cells, stored=stored(network, cells, own, 0))
+    first, second = cells.contexts
+    scale = np.abs(own.latent).max()
+    np.testing.assert_allclose(of_first.latent[first], own.latent[first], atol=1e-5 * scale)
+    assert np.abs(of_first.latent[second] - own.latent[second]).max() > 1e-3 * scale
+
+
+def test_sums_that_are_given_save_their_sweeps(make_network, adata, make_cells):
+    network, cells = make_network("spectrum"), make_cells(adata, batch_key=None)
+    own = stored(network, cells, encode(network, cells, keep_layer_sums=True), 0)
+    for sums, n_sweeps in ((None, (1 + 1) + 2 * (3 + 1) + 1), (own, 1 + 2 + 1)):
+        told = []
+        encode(network, cells, stored=sums, bar=SimpleNamespace(update=told.append))
+        assert told == pytest.approx([300 / n_sweeps] * n_sweeps)
 
 
 # --- memory ---------------------------------------------------------------------------------------

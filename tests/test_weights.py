@@ -548,6 +548,113 @@ def test_a_config_that_is_no_json(network, tmp_path):
         _weights.load(path)
 
 
+# --- a context that is kept -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_context(network) -> _weights.Model:
+    """Give a model with tensors of every shape that a context has; values that float16 rounds."""
+    generator = torch.Generator().manual_seed(1)
+    context = {
+        "embedder.0": torch.tensor(1.0),
+        "embedder.1": torch.rand(30, generator=generator),
+        "layers.0.0": torch.tensor(70_001.0),
+        "layers.0.1": 100 * torch.rand(2, 8, generator=generator),
+        "layers.0.6": torch.randn(2, 8, 8, generator=generator),
+        "frame.genes": torch.arange(30) + 60_001,  # float16 knows neither these
+        "frame.directions": torch.randn(30, 5, generator=generator),
+        "frame.scales": torch.tensor([1.2345678, 1e5]),
+    }
+    return _weights.Model(network, "mine", card="# mine", context=context)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_model_keeps_its_context(dtype, with_context, tmp_path):
+    path = _weights.save(with_context, tmp_path / "mine", dtype=dtype)
+    model = _weights.load(path)
+    assert model.context.keys() == with_context.context.keys()
+    for name, tensor in with_context.context.items():
+        stored = model.context[name]
+        assert stored.dtype == torch.float32
+        assert stored.shape == tensor.shape
+        is_rounded = dtype == "float16" and tensor.ndim > 1
+        torch.testing.assert_close(stored, tensor.float(), rtol=1e-3 * is_rounded, atol=0)
+        assert torch.equal(stored, tensor.float()) != is_rounded
+    config = json.loads((path / "config.json").read_text())
+    assert config["context_sha256"] == sha256(path / "context.safetensors")
+    assert model.sha256 == config["sha256"] == sha256(path / "model.safetensors")
+    # It is not part of the network, nor of the network's identity.
+    plain = _weights.save(with_context.network, tmp_path / "plain", dtype=dtype)
+    assert _weights.load(plain).sha256 == model.sha256
+    again = _weights.load(_weights.save(model, tmp_path / "again"))
+    assert all(torch.equal(again.context[name], t) for name, t in model.context.items())
+
+
+def test_a_model_without_a_context(network, tmp_path):
+    path = _weights.save(network, tmp_path / "mine")
+    assert _weights.load(path).context == {}
+    assert _weights.Model(network, "mine").context == {}
+    assert _weights.load(GOLDEN / "golden_vae").context == {}
+    files = {file.name for file in path.iterdir()}
+    assert files == {"model.safetensors", "config.json", "card.md"}
+    assert "context_sha256" not in json.loads((path / "config.json").read_text())
+
+
+def test_a_damaged_context(with_context, tmp_path):
+    path = _weights.save(with_context, tmp_path / "mine")
+    stored = path / "context.safetensors"
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1  # one bit
+    stored.write_bytes(content)
+    found = sha256(stored)[:12]
+    with pytest.raises(WeightsError, match=f"{re.escape(str(stored))} has sha256 {found}…"):
+        _weights.load(path)
+    stored.write_bytes(content[:100])
+    edit_config(path, context_sha256=sha256(stored))
+    with pytest.raises(WeightsError, match="is not a readable safetensors file"):
+        _weights.load(path)
+    stored.unlink()
+    with pytest.raises(ModelNotFoundError, match="has a config.json but no context.safetensors"):
+        _weights.load(path)
+
+
+def test_a_context_of_before_is_not_in_use(with_context, tmp_path):
+    path = _weights.save(with_context, tmp_path / "mine")
+    _weights.save(with_context.network, path, overwrite=True)
+    assert _weights.load(path).context == {}
+    other = {name: tensor + 1 for name, tensor in with_context.context.items()}
+    _weights.save(replace(with_context, context=other), path, overwrite=True)
+    assert torch.equal(_weights.load(path).context["embedder.1"], other["embedder.1"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_overwrite_of_a_context_is_noticed(with_context, tmp_path, monkeypatch):
+    """A new context beside the old config: its hash tells, the weights being the same."""
+    path = _weights.save(with_context, tmp_path / "mine")
+    other = {name: tensor + 1 for name, tensor in with_context.context.items()}
+    move = os.replace
+
+    def until_the_config(source, target):
+        if target.name == "config.json":
+            raise OSError("power cut")
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_weights.os, "replace", until_the_config)
+        with pytest.raises(OSError, match="power cut"):
+            _weights.save(replace(with_context, context=other), path, overwrite=True)
+    with pytest.raises(WeightsError, match="context.safetensors has sha256"):
+        _weights.load(path)
+
+
+def test_a_context_too_large_for_float16_is_refused(with_context, tmp_path):
+    """Sums over 100,000 cells are no float16: as with weights, nothing is to be lost in silence."""
+    sums = {**with_context.context, "layers.0.1": torch.full((2, 8), 70_000.0)}
+    model = replace(with_context, context=sums)
+    with pytest.raises(WeightsError, match="layers.0.1: values too large for float16"):
+        _weights.save(model, tmp_path / "mine", dtype="float16")
+
+
 # --- tensors in another model of the package ------------------------------------------------------
 
 

@@ -13,18 +13,28 @@ from cellplm_tl._anndata.read import (
     read_cells,
     read_gene_counts,
     read_gene_names,
+    read_genes,
 )
-from cellplm_tl._anndata.write import build_record, check_slots, write_slots
+from cellplm_tl._anndata.write import (
+    build_record,
+    check_slots,
+    copy_in_memory,
+    read_record,
+    write_slots,
+)
 
 __all__ = [
     "Cells",
     "CountBlock",
     "build_record",
     "check_slots",
+    "copy_in_memory",
     "read_cells",
     "read_file",
     "read_gene_counts",
     "read_gene_ids",
     "read_gene_names",
+    "read_genes",
+    "read_record",
     "write_slots",
 ]

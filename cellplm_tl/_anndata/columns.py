@@ -55,6 +55,11 @@ class Columns:
         """How many columns are of genes that have another column."""
         return len(self.selected) - len(self.genes)
 
+    @property
+    def slots_read(self) -> tuple[str, ...]:
+        """The slot that names the genes, like ``"var['gene_ids']"``; none for ``var_names``."""
+        return () if self.where == "var_names" else (self.where,)
+
     def summary(self) -> dict[str, Any]:
         """Give the numbers for the record."""
         return {

@@ -216,7 +216,7 @@ def read_cells(
     slots_read = [matrix.where]
     slots_read += [] if batch_key is None else [f"obs[{batch_key!r}]"]
     slots_read += [] if coordinates is None else [f"obsm[{spatial_key!r}]"]
-    slots_read += [] if columns.where == "var_names" else [columns.where]
+    slots_read += columns.slots_read
     return Cells(
         n_cells=adata.n_obs,
         genes=columns.genes,
@@ -241,6 +241,33 @@ def read_cells(
         _obs_names=adata.obs_names,
         _lacks_counts=np.zeros(adata.n_obs, dtype=bool),
     )
+
+
+def read_genes(adata: Any, genes: Sequence[str], *, gene_key: str | None = None) -> Columns:
+    """Read which columns of an AnnData stand for which genes; whatever it counts is not looked at.
+
+    Parameters
+    ----------
+    adata
+        Cells × genes, in memory or backed; it may have no cells and no ``X``.
+    genes
+        Ensembl ids that the model knows.
+    gene_key
+        Column of ``var`` with gene names; by default one of Ensembl ids, or else ``var_names``.
+
+    Raises
+    ------
+    InputError
+        `adata` is no AnnData.
+    SlotError
+        ``var`` has no column `gene_key`.
+    GenesError
+        The names look like mouse genes, or none is known.
+    """
+    check_is_anndata(adata)
+    columns = match_columns(adata.var, genes, gene_key)
+    check_names(columns.names, columns.is_selected, columns.where, wanted=WANTED, at_least=1)
+    return columns
 
 
 def read_gene_names(adata: Any, gene_key: str | None) -> tuple[NDArray[np.object_], str]:

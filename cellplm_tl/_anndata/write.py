@@ -14,7 +14,7 @@ import pandas as pd
 from anndata import AnnData
 
 from cellplm_tl._anndata.read import Cells
-from cellplm_tl._errors import InputError, SlotError
+from cellplm_tl._errors import InputError, SlotError, check_is_anndata
 from cellplm_tl._settings import logger
 
 #: Where records are kept: ``uns[RECORDS][key_added]``.
@@ -31,10 +31,10 @@ def build_record(
     *,
     model: Any,
     parameters: Mapping[str, Any],
-    cells: Cells,
-    device: Any,
-    precision: str,
     seconds: float,
+    cells: Cells | None = None,
+    device: Any = None,
+    precision: str | None = None,
     random_state: Any = None,
     **findings: Any,
 ) -> dict[str, Any]:
@@ -49,12 +49,13 @@ def build_record(
     parameters
         Arguments as called, without the AnnData that the record goes to; those that are None are
         left out.
-    cells
-        The cells that were read.
-    device, precision
-        Where and in which number format the network ran.
     seconds
         Time of the call.
+    cells
+        The cells that were read. A tool that reads genes alone gives `slots_read` and `genes` among
+        its findings.
+    device, precision
+        Where and in which number format the network ran, if it did.
     random_state
         As the user gave it.
     **findings
@@ -66,14 +67,53 @@ def build_record(
         Only what an h5ad file keeps: texts, numbers, booleans, arrays, frames, dicts with keys
         that have no slash. Sequences are arrays.
     """
-    state = dict(cells.input_state)
-    if cells.n_without_counts:
-        state["n_cells_without_counts"] = cells.n_without_counts
     record = {
         "tool": tool,
         "package_version": version("cellplm_tl"),
         "model": None if model is None else {"name": model.name, "sha256": model.sha256},
         "parameters": {name: _described(value) for name, value in parameters.items()},
+        **({} if cells is None else _read_facts(cells)),
+        "device": None if device is None else str(device),
+        "precision": precision,
+        "random_state": _described(random_state),
+        "seconds": float(seconds),
+        **findings,
+    }
+    return _plain(record, "record")
+
+
+def read_record(adata: Any, tool: str, key_added: str, name: str) -> Mapping[str, Any]:
+    """Read the record that a tool left in another AnnData, which the caller calls `name`.
+
+    Raises
+    ------
+    InputError
+        No AnnData.
+    SlotError
+        There is no record of that tool under that key.
+    """
+    check_is_anndata(adata, name)
+    records = adata.uns.get(RECORDS, {})
+    record = records.get(key_added) if isinstance(records, Mapping) else None
+    if not isinstance(record, Mapping) or record.get("tool") != tool:
+        raise SlotError(
+            f"{name}.uns[{RECORDS!r}] has no record of {tool} under {key_added!r}: run "
+            f"cp.tl.{tool}({name}, …) first, with the same key_added."
+        )
+    return record
+
+
+def copy_in_memory(adata: AnnData) -> AnnData:
+    """Return a copy of an AnnData, backed or not."""
+    return adata.to_memory() if adata.isbacked else adata.copy()
+
+
+def _read_facts(cells: Cells) -> dict[str, Any]:
+    """Say what was read: slots, state of the input, genes, contexts."""
+    state = dict(cells.input_state)
+    if cells.n_without_counts:
+        state["n_cells_without_counts"] = cells.n_without_counts
+    return {
         "slots_read": cells.slots_read,
         "input": state,
         "genes": cells.gene_summary,
@@ -82,13 +122,7 @@ def build_record(
             "names": np.array(cells.context_names, dtype=object),
             "sizes": np.array([len(rows) for rows in cells.contexts], dtype=np.int64),
         },
-        "device": str(device),
-        "precision": precision,
-        "random_state": _described(random_state),
-        "seconds": float(seconds),
-        **findings,
     }
-    return _plain(record, "record")
 
 
 def _described(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 NORM_GROUPS = 4  # groups of channels in the release's GroupNorm
 OPTIONS: dict[str, tuple[str, ...]] = {
     "embedder": ("table", "spectrum"),
+    "target_sum": ("library", "panel"),
     "positions": ("none", "sinusoidal"),
     "encoder": ("flow", "mlp", "none"),
     "norm": ("groupnorm", "layernorm"),
@@ -50,6 +51,17 @@ class CellPLMConfig:
     residual_weight : float
         Weight of what the factors leave unexplained when the embedding is put together
         (`"spectrum"` only).
+    target_sum : {"library", "panel"}
+        What the counts of a cell are scaled to (`"spectrum"` only). `"library"`: to 10,000,
+        whatever is measured. `"panel"`: to the part of 10,000 that the measured genes have in the
+        pool, so that a gene's values mean the same on a panel as on a whole transcriptome.
+    unit_length : bool
+        Whether the factors that the encoder reads, and in the embedding the latent and the residual
+        of each cell, are brought to one length, so that depth does not set a cell's distance from
+        the mean (`"spectrum"` only).
+    factor_share : float
+        Share that the factors' own direction has in a cell's part of the embedding, beside that of
+        the latent (`unit_length` only).
     positions : {"none", "sinusoidal"}
         Equation (8) of the appendix, with a learned placeholder for cells without coordinates; the
         released checkpoints are `"none"`, since their code never added it.
@@ -95,6 +107,9 @@ class CellPLMConfig:
     factors: int = 0
     noise: float = 0.2
     residual_weight: float = 0.7
+    target_sum: str = "library"
+    unit_length: bool = False
+    factor_share: float = 0.0
     positions: str = "sinusoidal"
     encoder: str = "flow"
     hidden: int = 1024
@@ -142,6 +157,10 @@ class CellPLMConfig:
                 )
         if (self.embedder == "spectrum") != (self.factors > 0):
             raise ValueError("factors must be positive with embedder='spectrum', and 0 without.")
+        if self.embedder != "spectrum" and (self.target_sum == "panel" or self.unit_length):
+            raise ValueError("target_sum='panel' and unit_length need embedder='spectrum'.")
+        if not 0 <= self.factor_share <= 1 or (self.factor_share and not self.unit_length):
+            raise ValueError("factor_share must be in [0, 1], and 0 without unit_length.")
         if self.decoder == "profile" and self.embedder != "spectrum":
             raise ValueError("decoder='profile' needs embedder='spectrum'.")
         if self.embedder == "spectrum" and self.latent_size != self.factors:

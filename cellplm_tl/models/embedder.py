@@ -31,6 +31,7 @@ from cellplm_tl.models.position import PositionalEncoding
 TARGET_SUM = 1e4  # counts per cell that lognorm expression is scaled to
 CLIP_LOW, CLIP_HIGH = -5.0, 10.0  # bounds of scaled expression
 NORM_EPSILON = 1e-5
+MIN_SHARE = 1e-6  # of the pool's counts that a panel is taken to have
 SLICE_WIDTH = 64  # of the gene table: that of 13,000 genes lies in a core's second-level cache
 
 
@@ -76,9 +77,9 @@ class Counts(NamedTuple):
         """Return the natural logarithm of 1 + counts, (entries,)."""
         return self.values.log1p()
 
-    def lognorm(self) -> Tensor:
-        """Return log1p of the counts per 10,000 of the cell's library, (entries,)."""
-        scale = TARGET_SUM / self.library_size.clamp(min=1e-12)
+    def lognorm(self, target_sum: float | Tensor = TARGET_SUM) -> Tensor:
+        """Return log1p of the counts, each cell's library scaled to `target_sum`, (entries,)."""
+        scale = target_sum / self.library_size.clamp(min=1e-12)
         return (self.values * scale[self.rows()]).log1p()
 
 
@@ -101,6 +102,11 @@ def sparse_product(values: Tensor, columns: Tensor, offsets: Tensor, table: Tens
         per_sample_weights=values.to(table.dtype),
         include_last_offset=True,
     )
+
+
+def with_length(rows: Tensor, length: float) -> Tensor:
+    """Bring each row to a length; a row of zeros stays as it is."""
+    return F.normalize(rows, dim=1) * length
 
 
 class GroupNorm(nn.GroupNorm):
@@ -150,6 +156,10 @@ class TableEmbedder(nn.Module):
         """
         return tuple(part[genes] for part in self.table.split(SLICE_WIDTH, 1))
 
+    def gene_vectors(self, genes: Tensor) -> Tensor:
+        """Return the rows of some genes, (genes, hidden)."""
+        return self.table[genes]
+
     def begin(self, counts: Counts, panel: tuple[Tensor, ...]) -> Tensor:
         """Return the expression embedding of a block, (cells, hidden)."""
         values = counts.log1p()
@@ -174,6 +184,7 @@ class SpectrumPanel(NamedTuple):
     scale: Tensor  # (genes,): s
     gram: Tensor  # (factors, factors): V^T V
     posterior: Tensor  # (factors, factors): (V^T V / noise + 1 / eigenvalues)^-1 / noise
+    target_sum: Tensor  # (): what a library is scaled to
 
 
 class SpectrumBlock(NamedTuple):
@@ -222,18 +233,19 @@ class FactorReader(nn.Module):
     """Map unit-variance factors and descriptors of a cell to its first hidden vector.
 
     The descriptors are log10 library size, log10 of the number of measured genes, and the share of
-    scaled expression that the factors explain.
+    scaled expression that the factors explain. With `unit_length` the factors of every cell are
+    brought to the length that is to be expected, the root of their number, and log10 of the length
+    that they had is a descriptor.
     """
-
-    n_descriptors = 3
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        self.linear = Linear(config.factors + self.n_descriptors, config.hidden)
+        n_descriptors = 4 if config.unit_length else 3
+        self.linear = Linear(config.factors + n_descriptors, config.hidden)
         self.mixing = Mixing(config)
 
     def forward(self, unit: Tensor, descriptors: Tensor, positions: Tensor | None) -> Tensor:
-        """(cells, factors), (cells, 3), (cells, 2) → (cells, hidden)."""
+        """(cells, factors), (cells, descriptors), (cells, 2) → (cells, hidden)."""
         return self.mixing(self.linear(torch.cat((unit, descriptors), 1)), positions)
 
 
@@ -260,7 +272,8 @@ class SpectrumEmbedder(nn.Module):
 
     def __init__(self, config: CellPLMConfig):
         super().__init__()
-        self.noise = config.noise
+        self.noise, self.target_sum = config.noise, config.target_sum
+        self.unit_length = config.unit_length
         self.register_buffer("loadings", torch.zeros(config.n_genes, config.factors))
         self.register_buffer("eigenvalues", torch.ones(config.factors))
         self.register_buffer("scale", torch.ones(config.n_genes))
@@ -274,14 +287,22 @@ class SpectrumEmbedder(nn.Module):
         gram = loadings.double().T @ loadings.double()
         precision = gram / self.noise + torch.diag(1 / self.eigenvalues.double())
         posterior = torch.linalg.inv(precision) / self.noise
-        return SpectrumPanel(loadings, self.scale[genes], gram.float(), posterior.float())
+        in_pool = self.pool_profile[genes].sum().clamp(min=MIN_SHARE)
+        share = 1.0 if self.target_sum == "library" else in_pool
+        target_sum = torch.as_tensor(TARGET_SUM * share, dtype=torch.float32, device=genes.device)
+        return SpectrumPanel(
+            loadings, self.scale[genes], gram.float(), posterior.float(), target_sum
+        )
+
+    def gene_vectors(self, genes: Tensor) -> Tensor:
+        """Return the loadings of some genes on factors of unit variance, (genes, factors)."""
+        return self.loadings[genes].float() * self.eigenvalues.sqrt()
 
     def begin(self, counts: Counts, panel: SpectrumPanel) -> SpectrumBlock:
         """Normalise a block."""
         measured = (counts.library_size > 0).float()
-        return SpectrumBlock(
-            counts.lognorm(), counts.columns, counts.offsets, measured, counts.library_size
-        )
+        lognorm = counts.lognorm(panel.target_sum)
+        return SpectrumBlock(lognorm, counts.columns, counts.offsets, measured, counts.library_size)
 
     def sums(
         self, number: int, block: SpectrumBlock, panel: SpectrumPanel
@@ -289,7 +310,7 @@ class SpectrumEmbedder(nn.Module):
         """Return cells with counts (), summed lognorm (genes,) and summed fractions (genes,)."""
         columns, zeros = block.columns.long(), torch.zeros_like(panel.scale)
         lognorm = zeros.index_add(0, columns, block.lognorm)
-        fractions = zeros.index_add(0, columns, block.lognorm.expm1() / TARGET_SUM)
+        fractions = zeros.index_add(0, columns, block.lognorm.expm1() / panel.target_sum)
         return block.measured.sum(), lognorm, fractions
 
     def scaled(
@@ -303,6 +324,16 @@ class SpectrumEmbedder(nn.Module):
         differences = entries.clamp(CLIP_LOW, CLIP_HIGH) - base[columns]
         return ScaledBlock(base, differences, block.columns, block.offsets, block.measured)
 
+    def infer(
+        self, block: SpectrumBlock, panel: SpectrumPanel, context: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors (cells, factors) of a block, what they explain, of how much (cells,)."""
+        x = self.scaled(block, panel, context)
+        projection = x.times(panel.loadings)  # (cells, factors)
+        factors = projection @ panel.posterior
+        explained = (2 * projection - factors @ panel.gram).mul(factors).sum(1).clamp(min=0)
+        return factors, explained, x.squared_length()
+
     def finish(
         self,
         block: SpectrumBlock,
@@ -311,20 +342,29 @@ class SpectrumEmbedder(nn.Module):
         positions: Tensor | None,
     ) -> Embedded:
         """Return factors, the share they explain, and the first hidden vector of a block."""
-        x = self.scaled(block, panel, context)
-        projection = x.times(panel.loadings)  # (cells, factors)
-        factors = projection @ panel.posterior
-        total = x.squared_length()
-        explained = (2 * projection - factors @ panel.gram).mul(factors).sum(1).clamp(min=0)
+        factors, explained, total = self.infer(block, panel, context)
         n_genes = torch.full_like(total, float(panel.scale.shape[0])).log10()
-        descriptors = (
+        descriptors = [
             block.library_size.clamp(min=1).log10(),
             n_genes,
             explained / total.clamp(min=1e-12),
-        )
-        unit = factors / self.eigenvalues.sqrt()
+        ]
+        unit = self.unit_factors(factors)
+        if self.unit_length:
+            lengths = unit.norm(dim=1)
+            descriptors.append(lengths.clamp(min=1e-6).log10())
+            unit = with_length(unit, unit.shape[1] ** 0.5)
         hidden = self.reader(unit, torch.stack(descriptors, 1), positions)  # (cells, hidden)
         return Embedded(hidden, factors, explained, total)
+
+    def read(self, counts: Counts, panel: SpectrumPanel) -> Tensor:
+        """Return the unit-variance factors of a whole context, (cells, factors)."""
+        block = self.begin(counts, panel)
+        return self.unit_factors(self.infer(block, panel, self.sums(0, block, panel))[0])
+
+    def unit_factors(self, factors: Tensor) -> Tensor:
+        """Return factors (cells, factors) at unit prior variance, where the latent starts from."""
+        return factors / self.eigenvalues.sqrt()
 
     def profile(self, context: tuple[Tensor, ...]) -> Tensor:
         """Return the context's mean fraction of each measured gene, (genes,)."""

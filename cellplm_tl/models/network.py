@@ -113,15 +113,13 @@ class CellPLM(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def unit_factors(self, factors: Tensor | None) -> Tensor | None:
-        """Return factors at unit prior variance, where the latent starts from; None without any."""
-        return None if factors is None else factors / self.embedder.eigenvalues.sqrt()
-
     def to_latent(
         self, hidden: Tensor, factors: Tensor | None = None, **noise: Tensor
     ) -> Posterior:
         """(cells, hidden) after the encoder, and the embedder's factors → posterior of z."""
-        start = self.unit_factors(factors) if self.config.encoder != "none" else None
+        start = None
+        if factors is not None and self.config.encoder != "none":
+            start = self.embedder.unit_factors(factors)
         return self.latent(self.pre_latent_norm(hidden), start, **noise)
 
     def forward(
@@ -186,10 +184,15 @@ class CellPLM(nn.Module):
 def over_context(layer: Any, u: Tensor) -> Tensor:
     """Run one encoder layer over a whole context in memory, (cells, hidden) → (cells, hidden)."""
     block = layer.begin(u)
+    return layer.finish(block, sums_over_context(layer, block))
+
+
+def sums_over_context(layer: Any, block: Any) -> tuple[Tensor, ...]:
+    """Return a layer's sums over a whole context that it has begun as one block."""
     context: tuple[Tensor, ...] = ()
     for number in range(layer.n_rounds):
         context = context + layer.sums(number, block, context)
-    return layer.finish(block, context)
+    return context
 
 
 def count_parameters(network: nn.Module, *, trainable: bool = False) -> int:

@@ -14,7 +14,7 @@ Axes: `cells` (of a block), `latent`, `genes` (measured), `columns` (of a subspa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ class Columns(NamedTuple):
         return torch.cat((self.latent, self.genes)).double()
 
 
+class Block(Protocol):
+    """Representation of some cells, as a product waiting to happen."""
+
+    def times(self, columns: Columns) -> Tensor:
+        """Return the block times columns, (cells, columns)."""
+
+    def transposed_times(self, cells: Tensor) -> Columns:
+        """Return the transposed block times (cells, columns)."""
+
+
 class RepresentationBlock(NamedTuple):
     """[c z, w (x - f V^T)] of a block, as a product waiting to happen."""
 
@@ -43,19 +53,20 @@ class RepresentationBlock(NamedTuple):
     expression: ScaledBlock  # x
     factors: Tensor  # (cells, factors): f
     loadings: Tensor  # (genes, factors): V
-    weight: float  # w
+    weight: Tensor  # (cells,): w, divided by what the residual's length is brought to
 
     def times(self, columns: Columns) -> Tensor:
         """Return the block times columns, (cells, columns)."""
         explained = self.factors @ (self.loadings.T @ columns.genes)
         residual = self.expression.times(columns.genes) - explained
-        return self.latent @ columns.latent + self.weight * residual
+        return self.latent @ columns.latent + self.weight[:, None] * residual
 
     def transposed_times(self, cells: Tensor) -> Columns:
         """Return the transposed block times (cells, columns)."""
-        explained = self.loadings @ (self.factors.T @ cells)
-        residual = self.expression.transposed_times(cells) - explained
-        return Columns(self.latent.T @ cells, self.weight * residual)
+        weighed = self.weight[:, None] * cells
+        explained = self.loadings @ (self.factors.T @ weighed)
+        residual = self.expression.transposed_times(weighed) - explained
+        return Columns(self.latent.T @ cells, residual)
 
 
 class Rotation(NamedTuple):
@@ -70,7 +81,7 @@ class Rotation(NamedTuple):
 
 
 def find_rotation(
-    blocks: Callable[[], Iterable[RepresentationBlock]],
+    blocks: Callable[[], Iterable[Block]],
     start: Columns,
     n_cells: int,
     n_components: int,

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from cellplm_tl.tl.embed import embed
+from cellplm_tl.tl.gene_embeddings import gene_embeddings
 
-__all__ = ["embed"]
+__all__ = ["embed", "gene_embeddings"]

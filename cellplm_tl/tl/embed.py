@@ -9,17 +9,34 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from cellplm_tl import _weights
-from cellplm_tl._anndata import build_record, check_slots, read_cells, write_slots
-from cellplm_tl._errors import ContextWarning, OptionError
-from cellplm_tl._inference import encode, progress_bar
-from cellplm_tl._rotation import between_share, known_share, rotate
+from cellplm_tl._anndata import (
+    build_record,
+    check_slots,
+    copy_in_memory,
+    read_cells,
+    read_record,
+    write_slots,
+)
+from cellplm_tl._errors import ContextWarning, OptionError, check_option
+from cellplm_tl._inference import ContextSums, encode, progress_bar
+from cellplm_tl._rotation import (
+    N_PASSES,
+    Frame,
+    between_share,
+    find_frame,
+    known_share,
+    project,
+)
 from cellplm_tl._settings import logger, settings
+from cellplm_tl._stored import context_from_tensors, frame_from_tensors, frame_to_tensors
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+ENCODING_SHARE = 0.3  # of the time of a call, roughly
 N_COMPONENTS = 30  # of spectrum models; chosen on the development sets of the pool
 SMALL_CONTEXT = 10  # cells; a smaller context has a mean that says little
 # Share of the factors' variance between contexts, above which they look like types of cells:
@@ -30,12 +47,14 @@ TYPE_LIKE_SHARE = 0.3
 def embed(
     adata: AnnData,
     *,
+    reference: AnnData | None = None,
     n_components: int | None = None,
     model: str | os.PathLike[str] | _weights.Model = "mini",
     layer: str | None = None,
     gene_key: str | None = None,
     batch_key: str | None = None,
     spatial_key: str | None = "spatial",
+    context: str = "data",
     key_added: str = "X_cellplm",
     device: str | None = None,
     random_state: Any = 0,
@@ -51,6 +70,11 @@ def embed(
     adata : AnnData, shape (cells, genes)
         Counts of human genes in `X`, `layers["counts"]` or `layer`; log-normalised values are led
         back to counts where that can be done (the record says how). In memory or backed.
+    reference : AnnData, optional
+        Data that :func:`embed` has written `obsm[key_added]` and its record into, with this model
+        and `context`. `adata` is put into the same space, so that its cells can be compared with
+        those of the reference: the principal components are the reference's, contexts are each
+        data set's own. Genes may differ.
     n_components : int, optional
         Width of the embedding for models with a spectrum (`"mini"`, `"linear_transfer"`); 30 by
         default. Other models return their latent as it is.
@@ -66,6 +90,11 @@ def embed(
         taken off its cells.
     spatial_key : str, default "spatial"
         Key of `obsm` with coordinates, for models with positions.
+    context : {"data", "model"}, default "data"
+        Whose sums a cell is compared with. `"data"`: those of its context, and the principal
+        components of `adata`. `"model"`: all of a context that is stored with the model, so that a
+        cell's embedding depends on that cell alone, whatever else is in the file; contexts are
+        not centred then, and differences of technology stay.
     key_added : str, default "X_cellplm"
         Key of the result; the share known goes to `obs` under the same name without `X_`.
     device : str, optional
@@ -88,7 +117,8 @@ def embed(
             is usual for whole transcriptomes, 0.2 to 0.4 for hundreds of genes. Compare cells and
             data sets of like depth and genes.
         `uns["cellplm"][key_added]` : dict
-            The record: what was done, on what, with what.
+            The record: what was done, on what, with what; its `frame` (the principal components) is
+            what a later call with `reference=` reads.
 
     Raises
     ------
@@ -98,7 +128,8 @@ def embed(
     SlotError
         A slot that was named does not exist, or `key_added` is that of an input.
     OptionError
-        `n_components` is not a positive number, or the model has no spectrum.
+        `n_components` is not a positive number or not that of the reference; the model has no
+        spectrum, or no stored context; the reference was embedded with another model or context.
     ModelError
         The model cannot be found or read.
 
@@ -110,8 +141,10 @@ def embed(
     Models with a spectrum: with z the latent at unit prior variance, f the posterior factors of the
     measured genes and r what they leave of the scaled expression, the embedding is the principal
     components over `adata` of [c z, 0.7 r], c giving z the total variance of f. So what the model
-    does not know still separates cells. The whole is a map per cell and sums over contexts; memory
-    does not grow with cells × genes. See the method page.
+    does not know still separates cells. `"mini"` brings z and r of every cell to one length first,
+    so that depth does not set distances, and takes the mean of the directions of z and f for z. The
+    whole is a map per cell and sums over contexts; memory does not grow with cells × genes. See the
+    method page.
 
     Examples
     --------
@@ -124,17 +157,20 @@ def embed(
     """
     start = time.perf_counter()
     parameters = {name: value for name, value in locals().items() if name not in ("adata", "start")}
+    parameters["reference"] = None if reference is None else "AnnData"
     if n_components is not None and not (isinstance(n_components, Integral) and n_components > 0):
         raise OptionError(f"n_components must be a positive integer, not {n_components!r}.")
+    check_option("context", context, ("data", "model"))
     rng = _generator(random_state)
     known_key = f"{str(key_added).removeprefix('X_')}_known"
     loaded = model if isinstance(model, _weights.Model) else _weights.load(model)
     has_spectrum = loaded.config.embedder == "spectrum"
-    if n_components is not None and not has_spectrum:
-        raise OptionError(
-            f"n_components is for models with a spectrum; {loaded.name!r} returns its latent of "
-            f"{loaded.config.latent_size}. Leave it out."
-        )
+    if not has_spectrum:
+        _refuse_frames(loaded, n_components, reference, context)
+    sums, frame = _stored_context(loaded) if context == "model" else (None, None)
+    if reference is not None:
+        frame = _frame_of(reference, loaded, context, key_added) or frame
+    width = _width(n_components, frame)
     needs_coordinates = loaded.config.positions != "none"
     cells = read_cells(
         adata,
@@ -157,19 +193,23 @@ def embed(
 
     slots: dict[tuple[str, str], Any] = {}
     findings: dict[str, Any] = {}
+    network = loaded.network
     with progress_bar(cells.n_cells) as bar:
+        share = ENCODING_SHARE if has_spectrum else 1.0
+        encoding = encode(network, cells, stored=sums, device=target, bar=bar, bar_share=share)
+        slots["obsm", key_added] = encoding.latent
         if has_spectrum:
-            encoding = encode(loaded.network, cells, device=target, bar=bar, bar_share=0.3)
-            width = int(n_components or N_COMPONENTS)
-            slots["obsm", key_added] = rotate(
-                loaded.network, cells, encoding, width, rng, bar=bar, bar_share=0.7
-            )
-        else:
-            encoding = encode(loaded.network, cells, device=target, bar=bar)
-            slots["obsm", key_added] = encoding.latent
+            step = (1 - share) / (1 if frame else N_PASSES + 1)
+            advance = lambda n_cells: bar.update(step * n_cells)  # noqa: E731
+            if frame is None:
+                frame = find_frame(network, cells, encoding, width, rng, advance)
+            slots["obsm", key_added] = project(network, cells, encoding, frame, width, advance)
     if has_spectrum:
         slots["obs", known_key], findings["known"] = known_share(encoding)
-        findings["share_between_contexts"] = between_share(loaded.network, encoding)
+    if frame is not None and context == "data":
+        kept = frame_to_tensors(frame)
+        findings["frame"] = {name: tensor.numpy() for name, tensor in kept.items()}
+        findings["share_between_contexts"] = between_share(network, encoding)
         _warn_of_contexts(cells, findings["share_between_contexts"])
 
     record = build_record(
@@ -183,9 +223,73 @@ def embed(
         seconds=time.perf_counter() - start,
         **findings,
     )
-    result = adata if not copy else adata.to_memory() if adata.isbacked else adata.copy()
+    result = copy_in_memory(adata) if copy else adata
     write_slots(result, slots, record, key_added)
     return result if copy else None
+
+
+def _refuse_frames(
+    model: _weights.Model, n_components: int | None, reference: AnnData | None, context: str
+) -> None:
+    """Say no to what only models with a spectrum can do."""
+    asked = {
+        "n_components": n_components is not None,
+        "reference": reference is not None,
+        "context='model'": context == "model",
+    }
+    for option in (option for option, is_asked in asked.items() if is_asked):
+        raise OptionError(
+            f"{option} is for models with a spectrum; {model.name!r} returns its latent of "
+            f"{model.config.latent_size}. Leave it out."
+        )
+
+
+def _stored_context(model: _weights.Model) -> tuple[ContextSums, Frame]:
+    if not model.context:
+        raise OptionError(
+            f"context='model' needs a model that keeps a context, which {model.name!r} does not; "
+            "'mini' does."
+        )
+    return context_from_tensors(model.context, model.config.encoder_layers)
+
+
+def _frame_of(reference: Any, model: _weights.Model, context: str, key_added: str) -> Frame | None:
+    """Read the frame that `embed` left in a reference; None where it is the model's own."""
+    record = read_record(reference, "embed", key_added, "reference")
+    used = record["parameters"].get("context", "data")
+    if not model.sha256:
+        raise OptionError(
+            f"the model {model.name!r} was never stored: nothing tells whether the reference was "
+            "embedded with it. Save it (cp.models.save), load it, and embed both."
+        )
+    if record["model"]["sha256"] != model.sha256 or used != context:
+        raise OptionError(
+            f"reference was embedded with the model {record['model']['name']!r} "
+            f"({record['model']['sha256'][:12]}) and context={used!r}, adata would be with "
+            f"{model.name!r} ({model.sha256[:12]}) and context={context!r}: embed both alike."
+        )
+    if used == "model":
+        return None
+    if "frame" not in record:
+        raise OptionError(
+            "the reference's record holds no frame, an earlier version wrote it: embed it again."
+        )
+    return frame_from_tensors({k: torch.from_numpy(v) for k, v in record["frame"].items()})
+
+
+def _width(n_components: int | None, frame: Frame | None) -> int:
+    """Return how many components the embedding has."""
+    width = int(n_components or N_COMPONENTS)
+    if frame is None:
+        return width
+    n_stored = len(frame.rotation.mean)
+    if n_components is None:
+        return min(width, n_stored)
+    if width > n_stored:
+        raise OptionError(
+            f"n_components={width} is more than the {n_stored} of the space that was asked for."
+        )
+    return width
 
 
 def _warn_of_contexts(cells: Any, between_share: float) -> None:

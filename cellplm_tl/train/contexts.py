@@ -17,6 +17,9 @@ from torch import Tensor
 from cellplm_tl._anndata import Cells, CountBlock
 from cellplm_tl.models import Counts
 
+PLATFORM_SHARE = 0.5  # of the steps, where there are platform effects
+PLATFORM_QUANTILE = 0.9  # of the made-up factors, from which on nothing is lost
+
 
 @dataclass(frozen=True)
 class Source:
@@ -57,6 +60,9 @@ class Corruption:
         `depth_range`.
     depth_range : tuple of float
         Of that factor.
+    platform : float
+        Standard deviation of the log of made-up factors, one per gene and context, by which half of
+        the steps bias what the network may read, as another technology would; 0 for none.
     max_library_size : float
         Deeper cells (read counts, not molecules) are thinned to this total first.
     n_cells : tuple of int
@@ -79,6 +85,7 @@ class Corruption:
     panel_genes: tuple[int, int] = (200, 4000)
     depth: float = 0.3
     depth_range: tuple[float, float] = (0.1, 1.0)
+    platform: float = 0.0
     max_library_size: float = 20_000.0
     n_cells: tuple[int, int] = (32, 384)
     n_targets: int = 3000
@@ -95,6 +102,8 @@ class Example(NamedTuple):
     target: Tensor  # (cells, targets) counts
     weights: Tensor  # (cells, targets) 1 where hidden
     target_total: Tensor  # (cells,) library size of the hidden counts
+    other: Counts | None  # the hidden half, over all that the set measures; None where masked
+    other_genes: Tensor  # (measured by the set,) positions in the model's list
 
 
 def draw_example(
@@ -131,6 +140,7 @@ def hide(
     is_target = at >= 0
 
     target = np.zeros((n_cells, len(targets)), np.float32)
+    other = None
     if rng.random() < corruption.thin:
         kept = rng.binomial(block.values.astype(np.int64), 0.5).astype(np.float32)
         hidden = block.values - kept
@@ -138,6 +148,7 @@ def hide(
         weights = np.ones_like(target)
         target_total = np.bincount(of_entry, hidden, n_cells)
         library = np.bincount(of_entry, kept, n_cells)
+        other = _as_counts(hidden, block.columns, of_entry, target_total)
     else:
         masked_cells = rng.random(n_cells) < corruption.cell_mask_rate
         is_hidden = (rng.random(target.shape) < corruption.gene_mask_rate) & masked_cells[:, None]
@@ -148,6 +159,12 @@ def hide(
         weights = is_hidden.astype(np.float32)
         target_total = library = np.asarray(block.library_size, float)
 
+    if corruption.platform and rng.random() < PLATFORM_SHARE:
+        factors = np.exp(rng.normal(0, corruption.platform, n_genes))
+        bias = np.minimum(1, factors / np.quantile(factors, PLATFORM_QUANTILE))
+        biased = rng.binomial(kept.astype(np.int64), bias[block.columns]).astype(np.float32)
+        library = library - np.bincount(of_entry, kept - biased, n_cells)
+        kept = biased
     # A panel measures fewer genes; the others are neither read nor part of the library.
     measured = np.arange(n_genes)
     if rng.random() < corruption.panel:
@@ -165,12 +182,7 @@ def hide(
     stays = (kept > 0) & (columns >= 0)
     if len(measured) < n_genes:
         library = np.bincount(of_entry[stays], kept[stays], n_cells)
-    counts = Counts(
-        torch.from_numpy(kept[stays]),
-        torch.from_numpy(columns[stays].astype(np.int32)),
-        torch.from_numpy(np.r_[0, np.bincount(of_entry[stays], minlength=n_cells).cumsum()]),
-        torch.from_numpy(np.asarray(library, np.float32)),
-    )
+    counts = _as_counts(kept[stays], columns[stays], of_entry[stays], library)
     coordinates = cells.coordinates
     return Example(
         number,
@@ -181,6 +193,22 @@ def hide(
         torch.from_numpy(target),
         torch.from_numpy(weights),
         torch.from_numpy(np.asarray(target_total, np.float32)),
+        other,
+        torch.from_numpy(cells.gene_index),
+    )
+
+
+def _as_counts(
+    values: np.ndarray, columns: np.ndarray, of_entry: np.ndarray, library_size: np.ndarray
+) -> Counts:
+    """Put entries, ordered by cell, together as Counts; entries of 0 are left out."""
+    seen = values > 0
+    per_cell = np.bincount(of_entry[seen], minlength=len(library_size))
+    return Counts(
+        torch.from_numpy(np.asarray(values[seen], np.float32)),
+        torch.from_numpy(columns[seen].astype(np.int32)),
+        torch.from_numpy(np.r_[0, per_cell.cumsum()]),
+        torch.from_numpy(np.asarray(library_size, np.float32)),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cellplm_tl import _weights
@@ -57,6 +58,10 @@ class PretrainConfig:
         How counts are hidden.
     kl_weight : dict of str to float
         Weight of the terms `latent` and `components` of the bound; 1 is the bound itself.
+    agreement : float
+        Weight of 1 - cos(mean of z, unit factors of the other binomial half of the same cell), for
+        models with a spectrum: two views of a cell are brought together, and never told apart from
+        other cells. It acts in the steps that thin.
     kl_warmup : int
         Steps over which these weights rise from 0.
     train : TrainConfig
@@ -82,6 +87,7 @@ class PretrainConfig:
     validation: tuple[str, ...] = ()
     corruption: Corruption = field(default_factory=Corruption)
     kl_weight: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KL_TERMS, 1.0))
+    agreement: float = 0.0
     kl_warmup: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
     dtype: str = "float32"
@@ -230,33 +236,36 @@ def bound(
     """
     example = draw_example(sources, config.corruption, config.train.seed, step)
     warm = min(1.0, (step + 1) / config.kl_warmup) if config.kl_warmup else 1.0
-    panel = _panel(network, example, sources, panels)
-    return _terms(network, example, config, warm, sample=True, panel=panel)
+    whole = _whole_panel(network, example, panels)
+    return _terms(network, example, config, warm, sample=True, whole=whole)
 
 
-def _panel(
-    network: CellPLM, example: Example, sources: Sequence[Source], panels: dict[int, Any] | None
-) -> Any:
-    """Return the embedder's panel, from `panels` where it is the same in every step."""
-    whole = len(example.genes) == len(sources[example.source].cells.genes)
-    if panels is None or network.config.embedder != "spectrum" or not whole:
+def _whole_panel(network: CellPLM, example: Example, panels: dict[int, Any] | None) -> Any:
+    """Return the embedder's view of all genes of the set, from `panels` where it is there."""
+    if panels is None or network.config.embedder != "spectrum":
         return None
     if example.source not in panels:
-        panels[example.source] = network.embedder.panel(example.genes)
+        panels[example.source] = network.embedder.panel(example.other_genes)
     return panels[example.source]
 
 
 def validation_loss(
     network: CellPLM, *, sources: Sequence[Source], config: PretrainConfig, n_examples: int = 8
 ) -> float:
-    """Return minus the likelihood gained over the context's mean, over examples of each source."""
-    gains = []
+    """Return the mean loss over examples of each source that no run has trained on.
+
+    That is minus the likelihood gained over the context's mean, in nats per hidden count, whatever
+    the depth, and the weighted disagreement.
+    """
+    losses = []
     for source in sources:
         for number in range(n_examples):
             seed = config.train.seed + 1_000_000
             example = draw_example([source], config.corruption, seed, number)
-            gains.append(float(_terms(network, example, config, 1.0, sample=False)["gain"]))
-    return -float(np.mean(gains))
+            terms = _terms(network, example, config, 1.0, sample=False)
+            apart = float(terms["disagreement"]) if "disagreement" in terms else 0.0
+            losses.append(config.agreement * apart - float(terms["gain"]))
+    return float(np.mean(losses))
 
 
 def _terms(
@@ -266,8 +275,10 @@ def _terms(
     warm: float,
     *,
     sample: bool,
-    panel: Any = None,
+    whole: Any = None,
 ) -> Terms:
+    """Return the terms; `whole` is the embedder's view of all genes that the set measures."""
+    panel = whole if len(example.genes) == len(example.other_genes) else None
     encoded = network(example.counts, example.genes, example.coordinates, panel)
     noise = torch.randn_like(encoded.posterior.mean) if sample else None
     z = network.latent.sample(encoded.posterior, noise)
@@ -290,6 +301,9 @@ def _terms(
     kl_weight = {name: warm * config.kl_weight.get(name, 1.0) for name in KL_TERMS}
     bound_of_cell = sum(kl_weight.get(name, 1.0) * term for name, term in terms.items())
     result["loss"] = (cell_weight * bound_of_cell).mean()
+    if config.agreement and example.other is not None:
+        result["disagreement"] = disagreement(network, encoded.posterior.mean, example, whole)
+        result["loss"] = result["loss"] + config.agreement * result["disagreement"]
     mean = decoded.mean if decoded.theta is not None else decoded.mean.expm1().clamp(min=0)
     baseline = profile if profile is not None else example.target.mean(0)
     result["gain"] = explained_likelihood(
@@ -300,6 +314,16 @@ def _terms(
             usage = network.latent.components(z.float()).mean(0)
             result["components_in_use"] = (-(usage * (usage + 1e-12).log()).sum()).exp()
     return result
+
+
+def disagreement(network: CellPLM, z: Tensor, example: Example, panel: Any = None) -> Tensor:
+    """1 - cosine of latent means and the unit factors of the hidden half, mean over the cells."""
+    assert example.other is not None
+    with torch.no_grad():
+        panel = network.embedder.panel(example.other_genes) if panel is None else panel
+        other = network.embedder.read(example.other, panel)
+    seen = (example.counts.library_size > 0) & (example.other.library_size > 0)
+    return 1 - F.cosine_similarity(z.float(), other)[seen].mean() if seen.any() else z.sum() * 0
 
 
 def _profile(network: CellPLM, profile: Tensor | None, example: Example) -> Tensor | None:
@@ -354,6 +378,8 @@ def _check(config: PretrainConfig) -> None:
     ):
         if missing := sorted(set(given) - known):
             raise OptionError(f"{name} has {missing}, which is none of {sorted(known)}.")
+    if config.agreement and config.start is None:
+        raise OptionError("agreement needs the factors of a spectrum: name a model in `start`.")
     if Path(config.out).exists():
         raise TrainingError(f"{config.out} exists; choose another `out`.")
 

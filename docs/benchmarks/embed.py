@@ -9,7 +9,8 @@ splits, and the stored figures (scVI trained on the very set, Harmony, PCA, and 
 `linear_transfer`, a linear model of the pretraining pool), are those of the shared folder's
 ``bench``; the sets are in its ``data/dev``.
 
-Every model embeds twice where a set has batches: with them as contexts, and as ``… (one context)``.
+Every model embeds twice where a set has batches: with them as contexts, and as ``… (one context)``;
+there Harmony is run on PCA and on the first model, too.
 Scores are those of `cellplm_tl.metrics.clustering`; ARI and NMI at Leiden seed 0, as the stored
 figures, and as means over several seeds. Written: ``embed.csv`` (every score) and ``embed.md``.
 """
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
+import harmonypy
 import numpy as np
 import pandas as pd
 import psutil
@@ -120,6 +122,17 @@ def zero_shot(model: object, batch_key: str | None) -> Method:
     return embed
 
 
+def harmony_on(method: Method, batch_key: str) -> Method:
+    """Harmony (Korsunsky et al., Nature Methods 2019) on a method's result, with its defaults."""
+
+    def embed(adata: ad.AnnData) -> np.ndarray:
+        points = method(adata)
+        found = harmonypy.run_harmony(points, adata.obs, batch_key, verbose=False)
+        return np.asarray(found.Z_corr).reshape(points.shape)
+
+    return embed
+
+
 def methods(models: dict[str, object], case: Case) -> dict[str, Method]:
     """Give what is run on a case, by name."""
     chosen: dict[str, Method] = {"pca": pca}
@@ -127,6 +140,9 @@ def methods(models: dict[str, object], case: Case) -> dict[str, Method]:
         chosen[name] = zero_shot(model, case.batch_key)
         if case.batch_key is not None:
             chosen[name + ONE_CONTEXT] = zero_shot(model, None)
+    if case.batch_key is not None:
+        for name in ("pca", next(iter(models))):
+            chosen[f"harmony on {name}"] = harmony_on(chosen[name], case.batch_key)
     return chosen
 
 

@@ -27,6 +27,7 @@ def test_defaults_are_the_papers_table_5():
 
 
 SPECTRUM = {"embedder": "spectrum", "factors": 8, "latent_size": 8}
+UNIT = SPECTRUM | {"unit_length": True}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,14 @@ SPECTRUM = {"embedder": "spectrum", "factors": 8, "latent_size": 8}
         ({"embedder": "spectrum"}, "factors must be positive"),
         ({"factors": 8}, "factors must be positive with embedder='spectrum', and 0 without"),
         ({"decoder": "profile"}, "decoder='profile' needs embedder='spectrum'"),
+        ({"target_sum": "cell"}, "target_sum='cell' is not one of 'library', 'panel'."),
+        ({"target_sum": "panel"}, "target_sum='panel' and unit_length need embedder='spectrum'"),
+        ({"unit_length": True}, "target_sum='panel' and unit_length need embedder='spectrum'"),
+        ({"factor_share": 0.5}, "factor_share must be in [0, 1], and 0 without unit_length"),
+        (SPECTRUM | {"factor_share": 0.5}, "and 0 without unit_length"),
+        (UNIT | {"factor_share": 1.1}, "factor_share must be in [0, 1]"),
+        (UNIT | {"factor_share": -0.1}, "factor_share must be in [0, 1]"),
+        (UNIT | {"factor_share": float("nan")}, "factor_share must be in [0, 1]"),
         (SPECTRUM | {"latent_size": 4}, "latent_size must equal factors"),
         (SPECTRUM | {"latent": "mixture_release"}, "has no latent='mixture_release'"),
         ({"encoder": "none"}, "encoder='none' needs embedder='spectrum'"),
@@ -95,6 +104,22 @@ def test_a_config_survives_json():
     again = CellPLMConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize("factor_share", [0.0, 0.5, 1.0])
+def test_options_of_a_spectrum_go_together(factor_share):
+    fields = UNIT | {"target_sum": "panel", "factor_share": factor_share}
+    config = CellPLMConfig(genes=GENES, **fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert CellPLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_of_before_has_none_of_them():
+    """Models that were stored without these fields stay what they were."""
+    stored = CellPLMConfig(genes=GENES, **SPECTRUM).to_dict()
+    new = {name: stored.pop(name) for name in ("target_sum", "unit_length", "factor_share")}
+    assert new == {"target_sum": "library", "unit_length": False, "factor_share": 0.0}
+    assert CellPLMConfig.from_dict(stored) == CellPLMConfig(genes=GENES, **SPECTRUM)
 
 
 def test_sequences_become_tuples():

@@ -195,7 +195,7 @@ def test_before_training_the_profile_decoder_reads_the_latent_back(make_network,
         decoder.gain.fill_(1.0)
     genes = torch.tensor([3, 30, 12, 5])
     profile, factors = torch.tensor([0.1, 0.3, 0.2, 0.4]), torch.randn(5, 8)
-    z = network.unit_factors(factors)
+    z = network.embedder.unit_factors(factors)
     change = factors @ (network.embedder.loadings * network.embedder.scale[:, None])[genes].T
     decoded = network.decode(z, genes, profile=profile)
     assert_close(decoded.mean, profile * change.exp(), rtol=1e-4)

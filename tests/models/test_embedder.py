@@ -152,14 +152,14 @@ def test_the_initial_gene_table(make_network):
 SPECTRUM = {"embedder": "spectrum", "factors": 6, "latent_size": 6, "noise": 0.3}
 
 
-def factor_model(embedder, dense, library_size, genes):
+def factor_model(embedder, dense, library_size, genes, target_sum=1e4):
     """Scaled expression and posterior factors, dense and in float64, one cell at a time."""
     loadings, scale, eigenvalues = (
         getattr(embedder, name).double().numpy() for name in ("loadings", "scale", "eigenvalues")
     )
     v, s = loadings[genes], scale[genes]
     measured = library_size > 0
-    y = np.log1p(dense / np.maximum(library_size, 1)[:, None] * 1e4)
+    y = np.log1p(dense / np.maximum(library_size, 1)[:, None] * target_sum)
     mean = y[measured].mean(0)
     x = np.clip((y - mean) / s, -5, 10) * measured[:, None]
     factors = []
@@ -268,6 +268,133 @@ def test_background_of_genes_that_were_not_measured(make_network, assert_close):
     part = pool[[7, 2, 11]].sum()
     assert_close(actual, np.array([0.2 * part, pool[3], 0.3 * part]), rtol=1e-5, atol=0)
     assert_close(embedder.pool_profile, pool)  # unchanged
+
+
+# --- what a library is scaled to ------------------------------------------------------------------
+
+
+def test_counts_of_a_panel_are_scaled_to_its_part_of_the_pool(
+    make_network, random_counts, to_counts, assert_close
+):
+    embedder = make_network(**SPECTRUM, target_sum="panel").embedder
+    dense, genes = random_counts(25, 11), np.array([5, 30, 2, 8, 39, 0, 11, 12, 20, 31, 7])
+    dense[3] = 0
+    library_size = dense.sum(1) * 1.5
+    share = embedder.pool_profile.double().numpy()[genes].sum()
+    assert 0.1 < share < 0.5
+    counts, panel = to_counts(dense, library_size), embedder.panel(torch.tensor(genes))
+    rows, columns = np.nonzero(dense)
+    y = np.log1p(1e4 * share * dense[rows, columns] / library_size[rows])
+    assert_close(embedder.begin(counts, panel).lognorm, y)
+
+    x, factors, v = factor_model(embedder, dense, library_size, genes, 1e4 * share)
+    [embedded], context = drive(embedder, [counts], torch.tensor(genes))
+    assert_close(embedded.factors, factors, rtol=1e-4)
+    assert_close(embedded.total, (x**2).sum(1), rtol=1e-4)
+    left = ((x - factors @ v.T) ** 2).sum(1)
+    assert_close(embedded.explained, (x**2).sum(1) - left, rtol=1e-4, atol=1e-4)
+    # The sums: cells with counts, their y, and their fractions, which no scaling touches.
+    y_sum = np.zeros(11)
+    np.add.at(y_sum, columns, y)
+    fractions = dense / np.maximum(library_size, 1)[:, None]
+    assert context[0] == 24
+    assert_close(context[1], y_sum)
+    assert_close(context[2], fractions.sum(0))
+    assert_close(embedder.profile(context), fractions.sum(0) / 24)
+
+
+def test_the_whole_list_is_scaled_as_a_library_is(make_network, random_counts, to_counts):
+    library, panel = (
+        make_network(**SPECTRUM, target_sum=target_sum).embedder
+        for target_sum in ("library", "panel")
+    )
+    counts, everything = to_counts(random_counts(9, 40)), torch.arange(40)
+    assert library.panel(everything).target_sum == 1e4
+    [one], sums = drive(library, [counts], everything)
+    [other], again = drive(panel, [counts], everything)
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, sums)
+    [few], _ = drive(panel, [counts], everything.flip(0))  # other genes than those counted
+    assert (few.factors - one.factors).abs().max() > 0.01
+
+
+def test_values_of_a_cell_like_the_pool_mean_the_same_on_a_panel(make_network, to_counts):
+    """On any panel: y = log1p(1e4 p) for a cell whose counts go with the pool's profile p."""
+    embedder = make_network(**SPECTRUM, target_sum="panel").embedder
+    pool = embedder.pool_profile.double().numpy()
+    for genes in (np.arange(40), np.arange(40)[::3], np.array([7, 2, 11])):
+        counts = to_counts(500 * pool[None, genes])
+        lognorm = embedder.begin(counts, embedder.panel(torch.tensor(genes))).lognorm
+        np.testing.assert_allclose(lognorm, np.log1p(1e4 * pool[genes]), rtol=1e-5)
+
+
+# --- one length -----------------------------------------------------------------------------------
+
+UNIT = SPECTRUM | {"unit_length": True}
+
+
+@pytest.mark.parametrize("unit_length", [False, True])
+def test_unit_factors_keep_their_lengths(unit_length, make_network, assert_close):
+    embedder = make_network(**SPECTRUM, unit_length=unit_length).embedder
+    factors = np.random.default_rng(0).normal(size=(5, 6)) * np.logspace(-3, 3, 5)[:, None]
+    factors[2] = 0
+    actual = embedder.unit_factors(torch.tensor(factors).float())
+    assert_close(actual, factors / np.sqrt(np.linspace(3.0, 0.5, 6)))
+
+
+def test_first_hidden_vector_at_one_length(make_network, random_counts, to_counts, assert_close):
+    """The reader sees the direction alone, and the length that it lost as a fourth descriptor."""
+    embedder = make_network(**UNIT).embedder
+    dense, genes = random_counts(25, 11), np.arange(11) * 3
+    dense[3] = 0
+    library_size = dense.sum(1) * 1.5
+    x, factors, v = factor_model(embedder, dense, library_size, genes)
+    state = {name: t.double().numpy() for name, t in embedder.state_dict().items()}
+    assert state["reader.linear.weight"].shape == (16, 6 + 4)
+    assert make_network(**SPECTRUM).embedder.reader.linear.weight.shape == (16, 6 + 3)
+    unit = factors / np.sqrt(state["eigenvalues"])
+    lengths = np.maximum(np.linalg.norm(unit, axis=1), 1e-6)
+    taken = (x**2).sum(1) - ((x - factors @ v.T) ** 2).sum(1)
+    descriptors = (
+        np.log10(np.maximum(library_size, 1)),
+        np.full(25, np.log10(11)),
+        taken / np.maximum((x**2).sum(1), 1e-12),
+        np.log10(lengths),
+    )
+    assert descriptors[3][3] == -6  # no counts, no factors
+    read = np.concatenate((unit / lengths[:, None] * 6**0.5, np.stack(descriptors, 1)), axis=1)
+    e = read @ state["reader.linear.weight"].T + state["reader.linear.bias"]
+    expected = embedder.reader.mixing(torch.tensor(e).float(), None)
+    [embedded], _ = drive(embedder, [to_counts(dense, library_size)], torch.tensor(genes))
+    assert_close(embedded.hidden, expected, rtol=1e-4, atol=1e-4)
+    assert_close(embedded.factors, factors, rtol=1e-4)  # these keep their lengths
+
+
+@pytest.mark.parametrize("fields", [SPECTRUM, UNIT, UNIT | {"target_sum": "panel"}])
+def test_reading_a_whole_context(fields, make_network, random_counts, to_counts, assert_close):
+    embedder = make_network(**fields).embedder
+    dense, genes = random_counts(25, 11), np.arange(11) * 3
+    dense[3] = 0
+    library_size = dense.sum(1) * 1.5
+    share = 1.0
+    if "target_sum" in fields:
+        share = embedder.pool_profile.double().numpy()[genes].sum()
+    _, factors, _ = factor_model(embedder, dense, library_size, genes, 1e4 * share)
+    expected = factors / np.sqrt(np.linspace(3.0, 0.5, 6))
+    counts, panel = to_counts(dense, library_size), embedder.panel(torch.tensor(genes))
+    assert_close(embedder.read(counts, panel), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_of_genes(make_network, assert_close):
+    genes = torch.tensor([7, 0, 3])
+    spectrum = make_network(**SPECTRUM).embedder
+    expected = spectrum.loadings.double().numpy()[[7, 0, 3]] * np.sqrt(np.linspace(3.0, 0.5, 6))
+    assert_close(spectrum.gene_vectors(genes), expected)
+    table = make_network().embedder
+    assert torch.equal(table.gene_vectors(genes), table.table[[7, 0, 3]])
+
+
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)

@@ -258,6 +258,9 @@ SOME = [
     pytest.param({}, id="paper"),
     pytest.param({"latent": "mixture_release", "positions": "none"}, id="release"),
     pytest.param({**EMBEDDERS["spectrum"], "decoder": "profile"}, id="spectrum"),
+    pytest.param(
+        {**EMBEDDERS["spectrum"], "target_sum": "panel", "unit_length": True}, id="unit length"
+    ),
     pytest.param({"encoder": "mlp", "norm": "layernorm", "latent": "linear"}, id="mlp"),
 ]
 

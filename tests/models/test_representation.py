@@ -17,7 +17,9 @@ from cellplm_tl.models.representation import (
     find_rotation,
 )
 
-N_CELLS, N_GENES, N_LATENT, N_FACTORS, WEIGHT = 90, 80, 6, 6, 0.7
+N_CELLS, N_GENES, N_LATENT, N_FACTORS = 90, 80, 6, 6
+WEIGHT = 0.7 + 0.01 * np.arange(N_CELLS)  # of each cell
+WEIGHT[5] = 0
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def block() -> RepresentationBlock:
     loadings = torch.linalg.qr(torch.from_numpy(rng.normal(size=(N_GENES, N_FACTORS))))[0].float()
     factors = expression.times(loadings) * 0.8
     latent = torch.from_numpy(rng.normal(size=(N_CELLS, N_LATENT))).float() * 3
-    return RepresentationBlock(latent, expression, factors, loadings, WEIGHT)
+    weight = torch.from_numpy(WEIGHT).float()
+    return RepresentationBlock(latent, expression, factors, loadings, weight)
 
 
 def written_out(block: RepresentationBlock) -> np.ndarray:
@@ -50,7 +53,7 @@ def written_out(block: RepresentationBlock) -> np.ndarray:
     )
     scaled = x.measured.double().numpy()[:, None] * x.base.double().numpy() + entries.toarray()
     residual = scaled - block.factors.double().numpy() @ block.loadings.double().numpy().T
-    return np.hstack([block.latent.double().numpy(), WEIGHT * residual])
+    return np.hstack([block.latent.double().numpy(), WEIGHT[:, None] * residual])
 
 
 def part(block: RepresentationBlock, rows: slice) -> RepresentationBlock:
@@ -64,7 +67,7 @@ def part(block: RepresentationBlock, rows: slice) -> RepresentationBlock:
         x.measured[rows],
     )
     return RepresentationBlock(
-        block.latent[rows], expression, block.factors[rows], block.loadings, WEIGHT
+        block.latent[rows], expression, block.factors[rows], block.loadings, block.weight[rows]
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -76,6 +77,207 @@ def test_the_loss_is_the_weighted_bound(files, tmp_path):
     per_cell = nll + 0.5 * (0.3 * kl["latent"] + 0.6 * kl["components"])
     expected = torch.where(hidden > 0, per_cell / (hidden + 200), 0).mean()
     assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+# --- two halves of a cell -------------------------------------------------------------------------
+
+SPECTRUM = {"embedder": "spectrum", "factors": 6, "latent_size": 6, "latent": "gaussian"}
+WHOLE = {"thin": 1.0, "panel": 0.0, "depth": 0.0, "n_cells": (40, 40)}
+HALVES = {
+    "whole": WHOLE,
+    "panel": WHOLE | {"panel": 1.0, "panel_genes": (80, 80), "depth": 1.0, "platform": 0.5},
+}
+
+
+@pytest.fixture
+def with_spectrum(files):
+    """Give a network on the genes of both files, and the first of them as its source."""
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    genes = sorted({gene for file in files for gene in module.read_gene_ids(file)})
+
+    def make(**fields):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            values = {**SMALL, **SPECTRUM, "decoder": "profile", **fields}
+            network = cp.models.CellPLM(cp.models.CellPLMConfig(genes=tuple(genes), **values))
+            network.embedder.loadings.normal_(std=0.05)
+            network.embedder.eigenvalues.copy_(torch.linspace(9, 1, 6))
+            network.embedder.scale.uniform_(0.5, 2)
+            network.embedder.pool_profile.uniform_().div_(network.embedder.pool_profile.sum())
+            network.latent.mean.weight.normal_(std=0.1)
+        source = module.Source("half0", module.read_file(files[0], network.config.genes))
+        return network.eval(), source
+
+    return make
+
+
+def unit_factors(network, counts, genes) -> np.ndarray:
+    """Unit factors of cells that are one context, in float64."""
+    config, embedder = network.config, network.embedder
+    v, scale, pool = (
+        tensor.double().numpy()[genes]
+        for tensor in (embedder.loadings, embedder.scale, embedder.pool_profile)
+    )
+    eigenvalues = embedder.eigenvalues.double().numpy()
+    y = np.zeros((counts.n_cells, len(genes)))
+    y[counts.rows().numpy(), counts.columns.numpy()] = counts.values.numpy()
+    target = 1e4 * (pool.sum() if config.target_sum == "panel" else 1)
+    library = counts.library_size.double().numpy()[:, None]
+    y = np.log1p(target * y / np.maximum(library, 1))
+    x = np.clip((y - y[library[:, 0] > 0].mean(0)) / scale, -5, 10) * (library > 0)
+    precision = v.T @ v / config.noise + np.diag(1 / eigenvalues)
+    return np.linalg.solve(precision, v.T @ x.T / config.noise).T / np.sqrt(eigenvalues)
+
+
+@pytest.mark.parametrize("how", HALVES)
+@pytest.mark.parametrize("fields", [{}, {"unit_length": True, "target_sum": "panel"}])
+def test_disagreement_is_one_minus_the_mean_cosine(how, fields, with_spectrum):
+    """Of the latent means with the unit factors of the other half, over all that the set has."""
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    network, source = with_spectrum(**fields)
+    example = module.draw_example([source], cp.train.Corruption(**HALVES[how]), 0, 0)
+    assert len(example.genes) == (80 if how == "panel" else len(source.cells.genes))
+    assert len(example.other_genes) == len(source.cells.genes)
+    with torch.no_grad():
+        z = network(example.counts, example.genes).posterior.mean
+    other = unit_factors(network, example.other, example.other_genes.numpy())
+    z_long = z.double().numpy()
+    lengths = np.linalg.norm(z_long, axis=1) * np.linalg.norm(other, axis=1)
+    cosines = (z_long * other).sum(1) / lengths
+    expected = 1 - cosines.mean()
+    assert 0.02 < expected < 0.98
+    panel = network.embedder.panel(example.other_genes)
+    for given in (None, panel):
+        actual = module.disagreement(network, z, example, given)
+        assert float(actual) == pytest.approx(expected, abs=1e-4)
+    assert float(module.disagreement(network, 3 * z, example)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_cells_of_which_a_half_has_no_counts_take_no_part(with_spectrum):
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    network, source = with_spectrum()
+    example = module.draw_example([source], cp.train.Corruption(**WHOLE), 0, 0)
+    z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    other = unit_factors(network, example.other, example.other_genes.numpy())
+    unread = example.counts.library_size.clone()
+    unread[:5] = 0
+    part = example._replace(counts=example.counts._replace(library_size=unread))
+    z_long = z.detach().double().numpy()[5:]
+    lengths = np.linalg.norm(z_long, axis=1) * np.linalg.norm(other[5:], axis=1)
+    expected = 1 - ((z_long * other[5:]).sum(1) / lengths).mean()
+    actual = module.disagreement(network, z, part)
+    assert float(actual.detach()) == pytest.approx(expected, abs=1e-4)
+    actual.backward()
+    assert (z.grad[:5] == 0).all()
+    assert (z.grad[5:].abs().sum(1) > 0).all()
+
+    nothing = example._replace(counts=example.counts._replace(library_size=0 * unread))
+    of_nothing = module.disagreement(network, z, nothing)
+    assert float(of_nothing.detach()) == 0
+    of_nothing.backward()  # there is a gradient, and it is 0
+    hidden = example.other._replace(
+        values=torch.zeros(0),
+        columns=torch.zeros(0, dtype=torch.int32),
+        offsets=torch.zeros(41, dtype=torch.int64),
+        library_size=torch.zeros(40),
+    )
+    assert float(module.disagreement(network, z, example._replace(other=hidden)).detach()) == 0
+
+
+@pytest.mark.parametrize("how", HALVES)
+def test_the_loss_contains_the_disagreement(how, files, with_spectrum, tmp_path):
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    network, source = with_spectrum()
+    corruption = cp.train.Corruption(**HALVES[how])
+    example = module.draw_example([source], corruption, 0, 0)
+
+    def terms(agreement, example=example, **options):
+        run = config(files, tmp_path / "model", agreement=agreement)
+        with torch.no_grad():
+            return module._terms(network, example, run, warm=1.0, sample=False, **options)
+
+    without, once, thrice = terms(0.0), terms(1.0), terms(3.0)
+    assert "disagreement" not in without
+    with torch.no_grad():
+        z = network(example.counts, example.genes).posterior.mean
+        expected = float(module.disagreement(network, z, example))
+    assert float(once["disagreement"]) == float(thrice["disagreement"]) == pytest.approx(expected)
+    assert expected > 0.02
+    assert float(once["loss"] - without["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert float(thrice["loss"] - without["loss"]) == pytest.approx(3 * expected, rel=1e-4)
+    for name in without.keys() - {"loss"}:
+        assert torch.equal(once[name], without[name])
+    # With the embedder's view of all genes, as training keeps it.
+    whole = network.embedder.panel(example.other_genes)
+    again = terms(1.0, whole=whole)
+    assert again.keys() == once.keys()
+    for name, value in again.items():
+        torch.testing.assert_close(value, once[name])
+
+    masked = module.draw_example([source], cp.train.Corruption(thin=0.0), 0, 0)
+    assert "disagreement" not in terms(1.0, masked)
+    assert torch.equal(terms(1.0, masked)["loss"], terms(0.0, masked)["loss"])
+
+
+def test_halves_that_agree_are_trained_for(files, with_spectrum, tmp_path):
+    """The bound of a step takes the same example, and panels are kept per set."""
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    network, source = with_spectrum()
+    run = config(
+        files, tmp_path / "model", agreement=1.0, corruption=cp.train.Corruption(**HALVES["panel"])
+    )
+    kept = {}
+    torch.manual_seed(0)
+    one = module.bound(network, 2, sources=[source], config=run, panels=kept)
+    assert list(kept) == [0]
+    assert len(kept[0].scale) == len(source.cells.genes)
+    torch.manual_seed(0)
+    other = module.bound(network, 2, sources=[source], config=run)
+    assert float(one["loss"].detach()) == pytest.approx(float(other["loss"].detach()), rel=1e-5)
+    network.zero_grad()
+    one["disagreement"].backward()
+    assert network.latent.mean.weight.grad.abs().sum() > 0
+    assert network.embedder.reader.linear.weight.grad.abs().sum() > 0
+    assert network.decoder.correction.weight.grad is None
+
+
+def test_a_run_with_agreement(files, tmp_path):
+    """Steps that thin log it, those that mask do not, and it survives the file of the run."""
+    network = {k: v for k, v in SMALL.items() if k != "latent_size"}
+    network |= {"decoder": "profile", "unit_length": True, "target_sum": "panel"}
+    path = tmp_path / "run.toml"
+    fields = "\n".join(f"{name} = {json.dumps(value)}" for name, value in network.items())
+    path.write_text(
+        f'files = ["{files[0]}"]\nout = "model"\nstart = "linear_transfer"\nagreement = 2.0\n'
+        f"[network]\n{fields}\n[corruption]\nthin = 0.5\nplatform = 0.3\nn_cells = [16, 32]\n"
+        "[train]\nsteps = 6\n"
+    )
+    run = cp.train.PretrainConfig.from_toml(path)
+    assert (run.agreement, run.corruption.platform) == (2.0, 0.3)
+    model = cp.train.pretrain(run)
+    assert (model.config.unit_length, model.config.target_sum) == (True, "panel")
+    assert model.provenance["run"]["agreement"] == 2.0
+    assert model.provenance["run"]["corruption"]["platform"] == 0.3
+    rows = np.genfromtxt(tmp_path / "model.run/log.csv", delimiter=",", names=True)
+    is_there = np.isfinite(rows["disagreement"])
+    assert 0 < is_there.sum() < 6
+    assert ((rows["disagreement"] > 0) & (rows["disagreement"] < 2))[is_there].all()
+
+
+def test_agreement_needs_a_spectrum(files, tmp_path):
+    with pytest.raises(OptionError, match="agreement"):
+        cp.train.pretrain(
+            config(
+                files[:1],
+                tmp_path / "model",
+                agreement=1.0,
+                corruption=cp.train.Corruption(thin=1.0),
+                train=cp.train.TrainConfig(steps=1),
+            )
+        )
+
+
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_the_paper_s_variants_train(files, tmp_path):
