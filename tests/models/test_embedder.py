@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellplm_tl.models import CellPLM, CellPLMConfig
-from cellplm_tl.models.embedder import Counts, TableEmbedder, sparse_product
+from cellplm_tl.models.embedder import Counts, TableEmbedder, sparse_product, with_length
 from cellplm_tl.models.position import grid_positions
 
 LAYOUTS = ["gmvae", "vae", "ae"]
@@ -328,6 +328,15 @@ def test_values_of_a_cell_like_the_pool_mean_the_same_on_a_panel(make_network, t
         np.testing.assert_allclose(lognorm, np.log1p(1e4 * pool[genes]), rtol=1e-5)
 
 
+def test_a_panel_that_the_pool_does_not_count_is_finite(make_network, random_counts, to_counts):
+    embedder = make_network(**SPECTRUM, target_sum="panel").embedder
+    embedder.pool_profile[:11] = 0
+    [embedded], context = drive(embedder, [to_counts(random_counts(9, 11))], torch.arange(11))
+    assert all(sums.isfinite().all() for sums in context)
+    assert embedded.hidden.isfinite().all()
+    assert float(embedder.profile(context).sum()) == pytest.approx(1, rel=1e-3)
+
+
 # --- one length -----------------------------------------------------------------------------------
 
 UNIT = SPECTRUM | {"unit_length": True}
@@ -340,6 +349,14 @@ def test_unit_factors_keep_their_lengths(unit_length, make_network, assert_close
     factors[2] = 0
     actual = embedder.unit_factors(torch.tensor(factors).float())
     assert_close(actual, factors / np.sqrt(np.linspace(3.0, 0.5, 6)))
+
+
+def test_rows_of_one_length(assert_close):
+    rows = np.random.default_rng(0).normal(size=(5, 6)) * np.logspace(-3, 3, 5)[:, None]
+    rows[2] = 0
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    expected = 2.5 * np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    assert_close(with_length(torch.tensor(rows).float(), 2.5), expected)
 
 
 def test_first_hidden_vector_at_one_length(make_network, random_counts, to_counts, assert_close):

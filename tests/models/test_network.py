@@ -395,10 +395,12 @@ def test_initial_covariate_tables():
     assert table.std().item() == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.parametrize("unit_length", [False, True])
 @pytest.mark.parametrize("latent", ["mixture", "gaussian", "linear"])
-def test_a_spectrum_starts_from_its_factors(latent, context, assert_close):
+def test_a_spectrum_starts_from_its_factors(latent, unit_length, context, assert_close):
     """The latent is zero plus the factors at unit variance, whatever encoder is in between."""
-    network = fresh(**EMBEDDERS["spectrum"], latent=latent, decoder="profile")
+    fields = EMBEDDERS["spectrum"] | {"latent": latent, "unit_length": unit_length}
+    network = fresh(**fields, decoder="profile")
     network.embedder.loadings.normal_()
     network.embedder.eigenvalues.copy_(torch.linspace(4, 1, 8))
     with torch.no_grad():

@@ -219,6 +219,28 @@ def test_the_loss_contains_the_disagreement(how, files, with_spectrum, tmp_path)
     assert torch.equal(terms(1.0, masked)["loss"], terms(0.0, masked)["loss"])
 
 
+@pytest.mark.parametrize("agreement", [0.0, 2.0])
+def test_what_is_validated(agreement, files, with_spectrum, tmp_path):
+    """The weighted disagreement minus the gain, over examples that training never draws."""
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    network, source = with_spectrum()
+    corruption = cp.train.Corruption(n_cells=(20, 20))
+    run = config(files, tmp_path / "model", agreement=agreement, corruption=corruption)
+    losses, n_masked = [], 0
+    with torch.no_grad():
+        for number in range(6):
+            example = module.draw_example([source], corruption, 1_000_000, number)
+            terms = module._terms(network, example, run, 1.0, sample=False)
+            losses.append(-float(terms["gain"]))
+            n_masked += example.other is None
+            if agreement and example.other is not None:
+                z = network(example.counts, example.genes).posterior.mean
+                losses[-1] += 2.0 * float(module.disagreement(network, z, example))
+        actual = module.validation_loss(network, sources=[source], config=run, n_examples=6)
+    assert 0 < n_masked < 6
+    assert actual == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def test_halves_that_agree_are_trained_for(files, with_spectrum, tmp_path):
     """The bound of a step takes the same example, and panels are kept per set."""
     module = sys.modules["cellplm_tl.train.pretrain"]
