@@ -140,11 +140,11 @@ def embed(
 
     Models with a spectrum: with z the latent at unit prior variance, f the posterior factors of the
     measured genes and r what they leave of the scaled expression, the embedding is the principal
-    components over `adata` of [c z, 0.7 r], c giving z the total variance of f. So what the model
-    does not know still separates cells. `"mini"` brings z and r of every cell to one length first,
-    so that depth does not set distances, and takes the mean of the directions of z and f for z. The
-    whole is a map per cell and sums over contexts; memory does not grow with cells × genes. See the
-    method page.
+    components over `adata` of [c z, w r], c giving z the total variance of f, and w being 0.7
+    (`"mini"`: 0.5). So what the model does not know still separates cells. `"mini"` brings z and r
+    of every cell to one length first, so that depth does not set distances, and takes the mean of
+    the directions of z and f for z. The whole is a map per cell and sums over contexts; memory does
+    not grow with cells × genes. See the method page.
 
     Examples
     --------
