@@ -128,7 +128,7 @@ def embed(
     SlotError
         A slot that was named does not exist, or `key_added` is that of an input.
     OptionError
-        `n_components` is not a positive number or not that of the reference; the model has no
+        `n_components` is not a positive number, or more than the reference has; the model has no
         spectrum, or no stored context; the reference was embedded with another model or context.
     ModelError
         The model cannot be found or read.
@@ -168,9 +168,11 @@ def embed(
     if not has_spectrum:
         _refuse_frames(loaded, n_components, reference, context)
     sums, frame = _stored_context(loaded) if context == "model" else (None, None)
+    usual = N_COMPONENTS
     if reference is not None:
-        frame = _frame_of(reference, loaded, context, key_added) or frame
-    width = _width(n_components, frame)
+        found = _frame_of(reference, loaded, context, key_added)
+        frame, usual = (frame, usual) if found is None else (found, len(found.rotation.mean))
+    width = _width(n_components, frame, usual)
     needs_coordinates = loaded.config.positions != "none"
     cells = read_cells(
         adata,
@@ -274,12 +276,12 @@ def _frame_of(reference: Any, model: _weights.Model, context: str, key_added: st
         raise OptionError(
             "the reference's record holds no frame, an earlier version wrote it: embed it again."
         )
-    return frame_from_tensors({k: torch.from_numpy(v) for k, v in record["frame"].items()})
+    return frame_from_tensors({k: torch.tensor(v) for k, v in record["frame"].items()})
 
 
-def _width(n_components: int | None, frame: Frame | None) -> int:
-    """Return how many components the embedding has."""
-    width = int(n_components or N_COMPONENTS)
+def _width(n_components: int | None, frame: Frame | None, usual: int) -> int:
+    """Return how many components the embedding has: by default the usual number."""
+    width = int(n_components or usual)
     if frame is None:
         return width
     n_stored = len(frame.rotation.mean)
