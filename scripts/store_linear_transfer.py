@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,29 @@ def main() -> None:
     arguments = parser.parse_args()
     spectrum = np.load(arguments.spectrum / "spectrum.npz")
     facts = json.loads((arguments.spectrum / "spectrum.json").read_text())
+    network = floor_network(spectrum)
+    card = CARD.read_text().format(
+        factors=network.config.factors,
+        n_cells=facts["n_cells"],
+        n_genes=facts["n_genes"],
+        n_sets=facts["n_sets"],
+        seed=facts["seed"],
+        table=pool_table(arguments.pool_readme, sorted(facts["sets"])),
+    )
+    provenance = {
+        "source": "this package: spectrum of its pretraining pool",
+        "licence": "BSD-3-Clause",
+        "data": "45 public data sets, listed in card.md",
+        "seed": facts["seed"],
+        "n_cells": facts["n_cells"],
+    }
+    path = PACKAGED / "linear_transfer"
+    write_directory(path, network, provenance, card, "float16", shared=None)
+    print(f"{path}: {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")
+
+
+def floor_network(spectrum: Mapping[str, np.ndarray]) -> CellPLM:
+    """Make the floor, a factor model without a network, of what build_spectrum.py wrote."""
     n_factors = spectrum["V"].shape[1]
     network = CellPLM(
         CellPLMConfig(
@@ -53,24 +77,7 @@ def main() -> None:
         "pool_profile": mean / mean.sum(),
     }.items():
         getattr(network.embedder, name).copy_(torch.from_numpy(values))
-    card = CARD.read_text().format(
-        factors=n_factors,
-        n_cells=facts["n_cells"],
-        n_genes=facts["n_genes"],
-        n_sets=facts["n_sets"],
-        seed=facts["seed"],
-        table=pool_table(arguments.pool_readme, sorted(facts["sets"])),
-    )
-    provenance = {
-        "source": "this package: spectrum of its pretraining pool",
-        "licence": "BSD-3-Clause",
-        "data": "45 public data sets, listed in card.md",
-        "seed": facts["seed"],
-        "n_cells": facts["n_cells"],
-    }
-    path = PACKAGED / "linear_transfer"
-    write_directory(path, network, provenance, card, "float16", shared=None)
-    print(f"{path}: {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")
+    return network
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import cellplm_tl as cp
 from cellplm_tl import _genes
 from cellplm_tl._inference import encode
 from cellplm_tl._weights import NO_CARD, Model, write_directory
-from cellplm_tl.models import CellPLM, CellPLMConfig
+from cellplm_tl.models import CellPLM
 from cellplm_tl.train.contexts import Source
 from cellplm_tl.train.fit import fit
 from cellplm_tl.train.pretrain import (
@@ -60,6 +60,9 @@ from cellplm_tl.train.pretrain import (
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT / "scripts"))
+from store_linear_transfer import floor_network  # noqa: E402
+
 NAME = "default_model"
 MAX_CELLS = 1_500
 PANEL_GENES = 300
@@ -263,29 +266,7 @@ def floor_of(name: str, pool: Path, folds: Path) -> Path:
     path = folder / "floor"
     if path.exists():
         return path
-    n_factors = spectrum["V"].shape[1]
-    network = CellPLM(
-        CellPLMConfig(
-            genes=tuple(map(str, spectrum["genes"])),
-            embedder="spectrum",
-            factors=n_factors,
-            positions="none",
-            encoder="none",
-            encoder_layers=0,
-            hidden=n_factors,
-            latent="none",
-            latent_size=n_factors,
-            decoder="none",
-        )
-    )
-    mean = np.expm1(spectrum["mean"])
-    for tensor, values in {
-        "loadings": spectrum["V"],
-        "eigenvalues": spectrum["eigenvalues"],
-        "scale": spectrum["scale"],
-        "pool_profile": mean / mean.sum(),
-    }.items():
-        getattr(network.embedder, tensor).copy_(torch.from_numpy(values))
+    network = floor_network(spectrum)
     return write_directory(path, network, {}, NO_CARD, "float16", shared=None)
 
 
