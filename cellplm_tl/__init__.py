@@ -1,6 +1,6 @@
 """CellPLM for scanpy users: a transformer whose tokens are cells, on AnnData."""
 
-from cellplm_tl import _weights, metrics, models, pp, tl, train
+from cellplm_tl import _weights, metrics, models, pl, pp, tl, train
 from cellplm_tl._errors import CellPLMError, CellPLMWarning
 from cellplm_tl._settings import settings
 
@@ -12,6 +12,7 @@ __all__ = [
     "__version__",
     "metrics",
     "models",
+    "pl",
     "pp",
     "settings",
     "tl",

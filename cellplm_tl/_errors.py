@@ -19,7 +19,9 @@
       └─ CellPLMWarning
            ├─ GenesWarning
            ├─ CountsWarning
-           └─ ContextWarning
+           ├─ ContextWarning
+           ├─ BaselineWarning
+           └─ SmoothingWarning
 
 Every message says what was found, what was expected and what to do next, with names and numbers.
 """
@@ -110,6 +112,14 @@ class CountsWarning(CellPLMWarning):
 
 class ContextWarning(CellPLMWarning):
     """A context is of a size or a kind that the embedding of its cells suffers from."""
+
+
+class BaselineWarning(CellPLMWarning):
+    """A simple baseline does better on held-out material than what was asked for."""
+
+
+class SmoothingWarning(CellPLMWarning):
+    """Denoising has put more correlation between genes than held-out counts show."""
 
 
 def check_option(name: str, value: Any, options: Iterable[Any]) -> None:

@@ -112,7 +112,7 @@ def encode(
         Hidden states go past the memory budget, and the scratch directory has no room for them.
     """
     device = settings.torch_device() if device is None else device
-    network = _converted(network, device, settings.precision)
+    network = converted(network, device, settings.precision)
     parts = (network.embedder, *network.encoder)
     n_sweeps = 1 + sum(1 + (0 if stored else part.n_rounds) for part in parts)
     outputs: dict[str, NDArray[np.float32]] = {}
@@ -412,7 +412,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
 
 
-def _converted(network: CellPLM, device: torch.device, precision: str) -> CellPLM:
+def converted(network: CellPLM, device: torch.device, precision: str) -> CellPLM:
     """Return the network for inference on a device; tensors that need no change are shared.
 
     With precision "bf16" matrix products take bfloat16; all else stays float32.

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -52,6 +51,8 @@ def find_frame(
     n_components: int,
     rng: np.random.Generator,
     advance: Advance = lambda n: None,
+    *,
+    residual_only: bool = False,
 ) -> Frame:
     """Find the principal components of latent and residual over all cells.
 
@@ -68,6 +69,8 @@ def find_frame(
         others are measured.
     advance
         Told of the cells of every pass.
+    residual_only
+        Leave the latent out.
     """
     n_latent, n_genes = network.config.latent_size, len(cells.genes)
     n_columns = min(n_components + OVERSAMPLING, n_latent + n_genes)
@@ -76,7 +79,8 @@ def find_frame(
         torch.from_numpy(start[:n_latent].astype(np.float32)),
         torch.from_numpy(start[n_latent:][cells.gene_index].astype(np.float32)),
     )
-    scales = latent_scale(network, encoding), residual_length(encoding)
+    scale = 0.0 if residual_only else latent_scale(network, encoding)
+    scales = scale, residual_length(encoding)
 
     def sweep() -> Iterator[RepresentationBlock]:
         for rows, block in representation_blocks(network, cells, encoding, *scales):
@@ -164,15 +168,8 @@ def between_share(network: CellPLM, encoding: Encoding) -> float:
 
 def latent_part(network: CellPLM, encoding: Encoding, rows: slice | NDArray[np.int64]) -> Tensor:
     """Return z of some cells; of unit length, and joined by the factors' direction, if so set."""
-    latent = torch.from_numpy(encoding.latent[rows])
-    config = network.config
-    if not config.unit_length:
-        return latent
-    assert encoding.factors is not None
-    factors = network.embedder.unit_factors(torch.from_numpy(encoding.factors[rows]))
-    of_latent, of_factors = F.normalize(latent, dim=1), F.normalize(factors, dim=1)
-    share = config.factor_share
-    return F.normalize((1 - share) * of_latent + share * of_factors, dim=1)
+    factors = None if encoding.factors is None else torch.from_numpy(encoding.factors[rows])
+    return network.direction(torch.from_numpy(encoding.latent[rows]), factors)
 
 
 def _residual_lengths(encoding: Encoding) -> NDArray[np.float32]:

@@ -203,7 +203,7 @@ class Settings:
         """
         if self._memory_budget is not None:
             return self._memory_budget
-        return int(FREE_MEMORY_SHARE * _free_memory())
+        return int(FREE_MEMORY_SHARE * free_memory())
 
     def torch_device(self, device: str | None = None) -> torch.device:
         """Give the torch device to run on, after looking whether it is there.
@@ -350,7 +350,7 @@ def _to_path(name: str, value: Any) -> Path:
     return Path(value).expanduser()
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes of main memory that this process can still get: of the machine, and of its cgroup."""
     import psutil
 

@@ -62,6 +62,9 @@ class Model:
     context : dict of str to Tensor
         Sums over a stored context, and the frame of the embedding found on it, which can stand in
         for those of the data; empty where the model keeps none.
+    outputs : dict
+        What the outputs of its head mean: plain values, such as the labels in their order. Empty
+        for models without a head of this package.
 
     Examples
     --------
@@ -77,6 +80,7 @@ class Model:
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
     card: str = field(default="", repr=False)
     context: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    outputs: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> CellPLMConfig:
@@ -235,9 +239,16 @@ def save(
         raise FileExistsError(f"{path} exists; choose another path or pass overwrite=True.")
     if card is None and isinstance(model, Model):
         card = model.card
-    context = model.context if isinstance(model, Model) else {}
+    context, outputs = (model.context, model.outputs) if isinstance(model, Model) else ({}, {})
     return write_directory(
-        path, network, provenance, card or NO_CARD, dtype, shared=None, context=context
+        path,
+        network,
+        provenance,
+        card or NO_CARD,
+        dtype,
+        shared=None,
+        context=context,
+        outputs=outputs,
     )
 
 
@@ -303,6 +314,7 @@ def write_directory(
     dtype: str,
     shared: dict[str, Any] | None,
     context: dict[str, Tensor] | None = None,
+    outputs: dict[str, Any] | None = None,
 ) -> Path:
     """Write a model's files aside and move them into place.
 
@@ -325,6 +337,7 @@ def write_directory(
             "parameters": count_parameters(network),
             "shared": shared,
             "provenance": provenance,
+            **({"outputs": outputs} if outputs else {}),
             "architecture": network.config.to_dict(),
         }
         (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -370,7 +383,8 @@ def _load_directory(path: Path) -> Model:
     _fill(network, tensors, path / WEIGHTS)
     card = (path / CARD).read_text() if (path / CARD).is_file() else ""
     name = path.resolve().name
-    return Model(network.eval(), name, config["sha256"], config["provenance"], card, context)
+    identity = config["sha256"], config["provenance"]
+    return Model(network.eval(), name, *identity, card, context, config.get("outputs", {}))
 
 
 def _checked(file: Path, expected: str) -> dict[str, Tensor]:

@@ -29,7 +29,9 @@ FILES = [
     ),
     "activations.npz",
     "attention.npz",
+    "dropout_mask.npz",
     "heads.npz",
+    "metrics.npz",
     "pipeline.npz",
     "positional_encoding.npz",
 ]

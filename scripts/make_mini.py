@@ -3,8 +3,9 @@
     python scripts/make_mini.py                     # the model of the package
     python scripts/make_mini.py --seed 1 --out build/mini_seed1
 
-Reads the pool in ../shared/data/pretrain and scripts/mini.toml; five minutes on one core. A
-run that was interrupted goes on. The spectrum stays in `linear_transfer`, which `mini` shares.
+Reads the pool in ../shared/data/pretrain. Two runs: scripts/mini.toml trains the whole network
+(five minutes on one core), scripts/mini_decoder.toml then the decoder alone (ten). A run that was
+interrupted goes on. The spectrum stays in `linear_transfer`, which `mini` shares.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ def main() -> None:
     """Pretrain, then write the model with its card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=HERE / "mini.toml")
+    parser.add_argument("--decoder-config", type=Path, default=HERE / "mini_decoder.toml")
     parser.add_argument("--pool-readme", type=Path, default=HERE / "../../shared/data/README.md")
     parser.add_argument("--seed", type=int, help="instead of that of the config")
     parser.add_argument("--out", type=Path, default=PACKAGED / "mini")
     arguments = parser.parse_args()
     cp.settings.verbosity = 1
-    config = cp.train.PretrainConfig.from_toml(arguments.config)
-    if arguments.seed is not None:
-        seeded = replace(config.train, seed=arguments.seed)
-        config = replace(config, train=seeded, out=f"{config.out}_{arguments.seed}")
-    out = Path(config.out)
-    model = cp.models.load(out) if out.exists() else cp.train.pretrain(config)
+    config = run_of(arguments.config, arguments.seed)
+    first = pretrained(config)
+    decoder = run_of(arguments.decoder_config, arguments.seed)
+    network = config.network | decoder.network
+    model = pretrained(replace(decoder, start=config.out, network=network))
     base = cp.models.load("linear_transfer")
     shared = {
         "model": "linear_transfer",
@@ -63,17 +64,20 @@ def main() -> None:
         n_genes=len(model.genes),
         parameters=count_parameters(model.network, trainable=True),
         step=config.train.steps,
+        decoder_step=decoder.train.steps,
+        features=model.config.decoder_features,
         in_use=in_use,
         components=model.config.components,
         seed=config.train.seed,
         spectrum=base.sha256,
         table=pool_table(arguments.pool_readme, names),
     )
-    provenance = model.provenance | {
+    provenance = first.provenance | {
+        "decoder_run": model.provenance["run"],
         "source": "this package: pretrained on its pool",
         "licence": "BSD-3-Clause",
         "data": f"{len(sets)} public data sets, listed in card.md",
-        "steps": config.train.steps,
+        "steps": config.train.steps + decoder.train.steps,
         "components_in_use": round(in_use, 1),
     }
     path = arguments.out
@@ -82,6 +86,21 @@ def main() -> None:
     )
     print(f"{path}: {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB")
     print(f"{in_use:.1f} of {model.config.components} components in use")
+
+
+def run_of(path: Path, seed: int | None) -> cp.train.PretrainConfig:
+    """Read a run; another seed than that of the file goes to a folder of its own."""
+    config = cp.train.PretrainConfig.from_toml(path)
+    if seed is None:
+        return config
+    seeded = replace(config.train, seed=seed)
+    return replace(config, train=seeded, out=f"{config.out}_{seed}")
+
+
+def pretrained(config: cp.train.PretrainConfig) -> Model:
+    """Run it, or load what a run before has made."""
+    out = Path(config.out)
+    return cp.models.load(out) if out.exists() else cp.train.pretrain(config)
 
 
 def components_in_use(model: Model, sets: Sequence[Cells]) -> float:

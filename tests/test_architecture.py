@@ -18,14 +18,14 @@ PACKAGE = Path(__file__).parents[1] / "cellplm_tl"
 # From the ground up. A file imports from floors below its own, and from files of its own folder.
 FLOORS = [
     {"_errors"},
-    {"_settings"},
+    {"_settings", "_random"},
     {"_genes"},
     {"models"},
     {"_weights"},
     {"_anndata"},
-    {"_inference", "metrics"},
+    {"_inference", "_likelihood", "metrics"},
     {"_rotation", "train"},
-    {"_stored"},
+    {"_stored", "_denoising", "_annotation"},
     {"pp", "tl", "pl"},
     {"__init__"},
 ]

@@ -6,6 +6,7 @@ called with `adata` alone needs a line in NEEDS.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -20,6 +21,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import torch
 from numpydoc.docscrape import NumpyDocString
 from scipy import sparse
@@ -41,7 +43,29 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     for name in getattr(cp, folder).__all__
 }
 # What a function cannot be called without, made from the cells it is called on.
-NEEDS: dict[str, Callable[[ad.AnnData], dict[str, Any]]] = {}
+NEEDS: dict[str, Callable[[ad.AnnData], dict[str, Any]]] = {
+    "tl.annotate": lambda _: {"reference": labelled_reference(), "labels_key": "kind"},
+}
+
+
+@functools.cache
+def labelled_reference() -> ad.AnnData:
+    """Give 110 other cells, labelled as B cells, monocytes or what else they are, with colours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scanpy's file is older than its own format
+        full = sc.datasets.pbmc68k_reduced()
+    reference = ad.AnnData(full.raw.X, obs=full.obs[["bulk_labels"]], var=full.raw.var[[]])
+    reference = reference[3::6][:110].copy()
+    kinds = {"CD19+ B": "B", "CD14+ Monocyte": "monocyte"}
+    kind = reference.obs["bulk_labels"].astype(str).map(kinds).fillna("other")
+    reference.obs["kind"] = kind.astype("category")
+    reference.uns["kind_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
+    return reference
+
+
+# These draw for one entry after the other: in another order a seed draws others, as it must if the
+# splits that others have published by the same rule are to come out.
+DRAWING = {"pp.mask_counts", "pp.thin_counts"}
 
 
 def having(*parameters: str) -> list[str]:
@@ -57,6 +81,7 @@ WRITING = having("copy")
 READING_COUNTS = having("layer")
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
+each_without_draws = pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in DRAWING])
 each_writing = pytest.mark.parametrize("name", WRITING)
 each_reading_counts = pytest.mark.parametrize("name", READING_COUNTS)
 # Where the case is meant to be odd, a warning of ours is as good as none.
@@ -490,7 +515,7 @@ def test_random_state_takes_a_generator_too(name, cells):
     assert_close(first, second)
 
 
-@each_function
+@each_without_draws
 def test_the_order_of_cells_does_not_matter(name, pbmc_counts):
     cells = pbmc_counts[::6].copy()
     order = np.random.default_rng(0).permutation(cells.n_obs)
@@ -498,7 +523,7 @@ def test_the_order_of_cells_does_not_matter(name, pbmc_counts):
     assert_close(results(name, cells[order].copy()), expected)
 
 
-@each_function
+@each_without_draws
 def test_the_order_of_genes_does_not_matter(name, pbmc_counts):
     cells = pbmc_counts[::6].copy()
     order = np.random.default_rng(0).permutation(cells.n_vars)

@@ -97,7 +97,7 @@ def test_default_budget_is_half_of_what_is_free_now(settings, monkeypatch):
 def test_the_limit_of_a_container_counts(monkeypatch, in_cgroup, free):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10_000))
     monkeypatch.setattr(_settings, "_free_in_cgroups", lambda: iter([in_cgroup]))
-    assert _settings._free_memory() == free
+    assert _settings.free_memory() == free
 
 
 def write(directory: Path, **files: str) -> None:

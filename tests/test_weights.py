@@ -865,6 +865,29 @@ def test_an_address_without_the_file(downloadable, weights_dir):
         _weights.load("golden_vae")
 
 
+# --- what the outputs of a head mean --------------------------------------------------------------
+
+
+def test_a_model_keeps_what_its_outputs_mean(network, tmp_path):
+    config = replace(network.config, head="types", head_outputs=2, covariates=())
+    headed = CellPLM(config).eval()
+    outputs = {"kind": "annotation", "labels": ["CD4+/T", "B"], "set_thresholds": [0.25, 0.5]}
+    path = _weights.save(_weights.Model(headed, "types", outputs=outputs), tmp_path / "types")
+    model = _weights.load(path)
+    assert model.outputs == outputs
+    assert_same(model.network, headed)
+    again = _weights.load(_weights.save(model, tmp_path / "again"))
+    assert again.outputs == outputs
+
+
+def test_models_without_a_head_say_nothing_of_outputs(network, tmp_path):
+    """Their config is what it was before there were outputs; stored models load as they are."""
+    path = _weights.save(network, tmp_path / "plain")
+    assert "outputs" not in json.loads((path / "config.json").read_text())
+    assert _weights.load(path).outputs == {}
+    assert _weights.load("mini").outputs == {}
+
+
 # --- the state of a run ---------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from cellplm_tl._anndata.files import read_file, read_gene_ids
 from cellplm_tl._anndata.read import (
     Cells,
     CountBlock,
+    find_columns,
     read_cells,
     read_gene_counts,
     read_gene_names,
@@ -17,6 +18,7 @@ from cellplm_tl._anndata.read import (
 )
 from cellplm_tl._anndata.write import (
     build_record,
+    cells_frame,
     check_slots,
     copy_in_memory,
     read_record,
@@ -27,8 +29,10 @@ __all__ = [
     "Cells",
     "CountBlock",
     "build_record",
+    "cells_frame",
     "check_slots",
     "copy_in_memory",
+    "find_columns",
     "read_cells",
     "read_file",
     "read_gene_counts",

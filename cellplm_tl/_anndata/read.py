@@ -16,7 +16,13 @@ from cellplm_tl._anndata.columns import Columns, match_columns
 from cellplm_tl._anndata.contexts import name_rows, read_contexts, read_coordinates
 from cellplm_tl._anndata.matrix import Matrix, Rows, csr_around, open_matrix
 from cellplm_tl._anndata.state import State, find_state
-from cellplm_tl._errors import CountsError, CountsWarning, SlotError, check_is_anndata
+from cellplm_tl._errors import (
+    CountsError,
+    CountsWarning,
+    OptionError,
+    SlotError,
+    check_is_anndata,
+)
 from cellplm_tl._genes import check_coverage, check_names, choose_gene_names
 from cellplm_tl._settings import logger
 
@@ -85,6 +91,16 @@ class Cells:
     _lacks_counts: NDArray[np.bool_] = field(repr=False)  # (cells,) set as they are read
 
     @property
+    def columns(self) -> NDArray[np.int64]:
+        """Columns of the matrix that stand for `genes`, gene after gene, shape ``(columns,)``."""
+        return self._columns.selected
+
+    @property
+    def gene_of_column(self) -> NDArray[np.int64]:
+        """Position in `genes` of each of `columns`; with repetitions where a gene has several."""
+        return self._columns.gene_of
+
+    @property
     def n_without_counts(self) -> int:
         """How many cells read so far hold no integers, although the state promises them."""
         return int(self._lacks_counts.sum())
@@ -113,17 +129,24 @@ class Cells:
         CountsWarning
             Cells hold no counts although those that the state was found from do; once.
         """
-        block = self._matrix.rows(rows)
-        if not self._matrix.in_memory:
-            _check_values(block.data, rows, self._matrix, self._obs_names)
-        block = _without_zeros(block)
-        values, has_counts = self._state.to_counts(block.data, block.indptr)
-        if self._state.promises_counts and not has_counts.all():
-            self._note(rows, ~has_counts)
-        block = csr_around(values, block.indices, block.indptr, block.shape[1])
+        block = self.all_counts(rows)
         library_size = _library_size(block, self._columns.is_resolved)
         block = _select(block, self._columns)
         return CountBlock(block.data, block.indices, block.indptr, library_size)
+
+    def all_counts(self, rows: Rows) -> sp.csr_matrix:
+        """Give the counts of some cells in all columns, whatever these are called.
+
+        As :meth:`counts`; shape ``(cells, columns of the AnnData)``.
+        """
+        block = self._matrix.rows(rows)
+        if not self._matrix.in_memory:
+            check_values(block.data, rows, self._matrix, self._obs_names)
+        block = without_zeros(block)
+        values, has_counts = self._state.to_counts(block.data, block.indptr)
+        if self._state.promises_counts and not has_counts.all():
+            self._note(rows, ~has_counts)
+        return csr_around(values, block.indices, block.indptr, block.shape[1])
 
     def _note(self, rows: Rows, lacks_counts: NDArray[np.bool_]) -> None:
         was_said = self._lacks_counts.any() or "lost" in self._state.facts
@@ -141,7 +164,7 @@ class Cells:
             f"{name_rows(self._obs_names, self._lacks_counts)} (and maybe more) which are {what}. "
             "Are raw and processed cells mixed? Pass raw counts with layer='…' if you have them.",
             CountsWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -209,7 +232,7 @@ def read_cells(
     columns = match_columns(adata.var, genes, gene_key)
     judged = columns.names, columns.is_selected, columns.where
     check_names(*judged, wanted=WANTED)
-    found, remarks = _choose_matrix(adata, layer)
+    found, remarks = choose_matrix(adata, layer)
     matrix, state = found.matrix, found.state
     coverage = check_coverage(*judged, found.sum_columns(), wanted=WANTED)
     _say(matrix, state, columns)
@@ -270,6 +293,40 @@ def read_genes(adata: Any, genes: Sequence[str], *, gene_key: str | None = None)
     return columns
 
 
+def find_columns(adata: Any, names: Sequence[str] | None) -> NDArray[np.int64]:
+    """Find the columns of some names of ``var_names``, in the order of the names; None is all.
+
+    Raises
+    ------
+    OptionError
+        A text in place of a list, no name, or one that is there twice.
+    SlotError
+        ``var_names`` lacks a name, or has it more than once.
+    """
+    if names is None:
+        return np.arange(adata.n_vars)
+    if isinstance(names, str):
+        raise OptionError(
+            f"genes must be a list of names; got the text {names!r}: pass [{names!r}]."
+        )
+    if np.ndim(names) != 1:  # a number, a set, rows of names
+        raise OptionError(f"genes must be a list of names; got {type(names).__name__}.")
+    asked = pd.Index(names)
+    if not len(asked) or asked.has_duplicates:
+        raise OptionError("genes must name one gene or more, each once.")
+    if missing := [str(name) for name in asked if name not in adata.var_names]:
+        raise SlotError(
+            f"{len(missing)} of {len(asked)} genes are not in adata.var_names: "
+            f"{', '.join(map(repr, missing[:5]))}. Name measured genes, as adata.var_names does."
+        )
+    positions = adata.var_names.get_indexer_for(asked)
+    if len(positions) > len(asked):
+        raise SlotError(
+            "adata.var_names has some of genes more than once: adata.var_names_make_unique() first."
+        )
+    return np.asarray(positions, np.int64)
+
+
 def read_gene_names(adata: Any, gene_key: str | None) -> tuple[NDArray[np.object_], str]:
     """Read what the genes are called and where that stands, as :func:`choose_gene_names` does."""
     check_is_anndata(adata)
@@ -279,7 +336,7 @@ def read_gene_names(adata: Any, gene_key: str | None) -> tuple[NDArray[np.object
 def read_gene_counts(adata: Any) -> NDArray[np.float64] | None:
     """Sum the counts of each column over a sample of cells; None where there are no counts."""
     try:
-        found, _ = _choose_matrix(adata, None)
+        found, _ = choose_matrix(adata, None)
     except CountsError:
         return None
     return found.sum_columns()
@@ -299,7 +356,7 @@ class _Found(NamedTuple):
         return np.bincount(self.sample.indices, counts, self.sample.shape[1]).astype(np.float64)
 
 
-def _choose_matrix(adata: Any, layer: str | None) -> tuple[_Found, dict[str, Any]]:
+def choose_matrix(adata: Any, layer: str | None) -> tuple[_Found, dict[str, Any]]:
     """Open the matrix to be read and find its state; with remarks for the record."""
     if layer is not None or "counts" not in adata.layers:
         return _examine(adata, layer), {}
@@ -335,16 +392,16 @@ def _examine(adata: Any, layer: str | None) -> _Found:
     try:
         if matrix.in_memory:
             for rows, values in matrix.blocks():
-                _check_values(values, rows, matrix, adata.obs_names)
+                check_values(values, rows, matrix, adata.obs_names)
         sample = matrix.rows(sampled)
-        _check_values(sample.data, sampled, matrix, adata.obs_names)
+        check_values(sample.data, sampled, matrix, adata.obs_names)
     except CountsError as error:
         raise CountsError(f"{error} {_advice(adata, layer)}") from None
-    sample = _without_zeros(sample)
+    sample = without_zeros(sample)
     return _Found(matrix, find_state(sample.data, sample.indptr), sample)
 
 
-def _check_values(values: NDArray, rows: Rows, matrix: Matrix, obs_names: pd.Index) -> None:
+def check_values(values: NDArray, rows: Rows, matrix: Matrix, obs_names: pd.Index) -> None:
     """Raise if a value of these rows is NaN, infinite or negative."""
     if values.dtype.kind in "bu" or not values.size:
         return
@@ -400,7 +457,7 @@ def _say(matrix: Matrix, state: State, columns: Columns) -> None:
 # ---------------------------------------------------------------------------------------- one block
 
 
-def _without_zeros(block: sp.csr_matrix) -> sp.csr_matrix:
+def without_zeros(block: sp.csr_matrix) -> sp.csr_matrix:
     """Give the block without entries that are 0; itself if it has none."""
     if block.data.all():
         return block

@@ -103,6 +103,11 @@ def read_record(adata: Any, tool: str, key_added: str, name: str) -> Mapping[str
     return record
 
 
+def cells_frame(adata: AnnData, values: Any, columns: Iterable[Any]) -> pd.DataFrame:
+    """Make a frame of ``obsm``: values (cells, columns) under the names of the cells."""
+    return pd.DataFrame(values, index=adata.obs_names, columns=[str(name) for name in columns])
+
+
 def copy_in_memory(adata: AnnData) -> AnnData:
     """Return a copy of an AnnData, backed or not."""
     return adata.to_memory() if adata.isbacked else adata.copy()

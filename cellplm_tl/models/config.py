@@ -26,6 +26,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "imputation",
         "perturbation",
         "patient_classification",
+        "types",
     ),
 }
 
@@ -87,12 +88,18 @@ class CellPLMConfig:
         change of the context's mean profile along the spectrum (needs `embedder="spectrum"`).
     decoder_hidden, decoder_layers : int
         Width and number of linear layers of decoder or head, the last included (Table 5: 1024, 2).
+    decoder_features : int
+        Learned features of a cell, and as many numbers per gene, by which the profile decoder goes
+        beyond the spectrum; 0 for none.
     covariates : tuple of (str, int)
         Name and number of levels of each covariate that the decoder is told.
     head : str
         What replaces the decoder after fine-tuning; see :class:`~cellplm_tl.models.Head`.
     head_outputs : int
         Width of the head's output.
+    residual_inputs : int
+        Directions of the residual that the head reads beside the latent (`head="types"` of models
+        with a spectrum): the pool does not know every tissue.
 
     Examples
     --------
@@ -123,9 +130,11 @@ class CellPLMConfig:
     decoder: str = "negative_binomial"
     decoder_hidden: int = 1024
     decoder_layers: int = 2
+    decoder_features: int = 0
     covariates: tuple[tuple[str, int], ...] = ()
     head: str = "none"
     head_outputs: int = 0
+    residual_inputs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "genes", tuple(self.genes))
@@ -163,6 +172,8 @@ class CellPLMConfig:
             raise ValueError("factor_share must be in [0, 1], and 0 without unit_length.")
         if self.decoder == "profile" and self.embedder != "spectrum":
             raise ValueError("decoder='profile' needs embedder='spectrum'.")
+        if self.decoder_features < 0 or (self.decoder_features and self.decoder != "profile"):
+            raise ValueError("decoder_features must not be negative, and 0 but in 'profile'.")
         if self.embedder == "spectrum" and self.latent_size != self.factors:
             raise ValueError("with embedder='spectrum' latent_size must equal factors.")
         if self.embedder == "spectrum" and self.latent == "mixture_release":
@@ -179,6 +190,11 @@ class CellPLMConfig:
             raise ValueError("with latent='none' latent_size must equal hidden.")
         if (self.head == "none") != (self.head_outputs == 0):
             raise ValueError("head_outputs must be positive with a head, and 0 without.")
+        reads_residual = self.embedder == "spectrum" and self.head == "types"
+        if self.residual_inputs < 0 or (self.residual_inputs and not reads_residual):
+            raise ValueError(
+                "residual_inputs needs embedder='spectrum' and head='types', and is never negative."
+            )
         end = "decoder" if self.has_decoder else "head"
         least = 2 if self.has_decoder else int(self.head != "none")
         if self.decoder_layers < least:

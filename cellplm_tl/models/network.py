@@ -20,10 +20,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellplm_tl.models.config import CellPLMConfig
-from cellplm_tl.models.decoder import DECODERS, Background, Covariates, Decoded, Head, PatientHead
+from cellplm_tl.models.decoder import (
+    DECODERS,
+    Background,
+    Covariates,
+    Decoded,
+    Head,
+    PatientHead,
+    TypeHead,
+)
 from cellplm_tl.models.embedder import NORM_EPSILON, Counts, SpectrumEmbedder, TableEmbedder
 from cellplm_tl.models.encoder import make_encoder
 from cellplm_tl.models.latent import LATENTS, Posterior
@@ -86,6 +95,8 @@ class CellPLM(nn.Module):
         self.decoder, self.head = None, None  # (cells, latent) → genes, or outputs
         if config.head == "patient_classification":
             self.head = PatientHead(config)
+        elif config.head == "types":
+            self.head = TypeHead(config)
         elif config.head != "none":
             self.head = Head(config)
         elif config.decoder != "none":
@@ -121,6 +132,19 @@ class CellPLM(nn.Module):
         if factors is not None and self.config.encoder != "none":
             start = self.embedder.unit_factors(factors)
         return self.latent(self.pre_latent_norm(hidden), start, **noise)
+
+    def direction(self, latent: Tensor, factors: Tensor | None) -> Tensor:
+        """Return z as cells are compared by it, (cells, latent).
+
+        Of unit length, and joined by the direction of the embedder's factors, where the config says
+        so; else the latent as it is.
+        """
+        if not self.config.unit_length or factors is None:
+            return latent
+        of_latent = F.normalize(latent, dim=1)
+        of_factors = F.normalize(self.embedder.unit_factors(factors), dim=1)
+        share = self.config.factor_share
+        return F.normalize((1 - share) * of_latent + share * of_factors, dim=1)
 
     def forward(
         self,

@@ -8,7 +8,6 @@ import warnings
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from cellplm_tl import _weights
@@ -22,6 +21,7 @@ from cellplm_tl._anndata import (
 )
 from cellplm_tl._errors import ContextWarning, OptionError, check_option
 from cellplm_tl._inference import ContextSums, encode, progress_bar
+from cellplm_tl._random import generator
 from cellplm_tl._rotation import (
     N_PASSES,
     Frame,
@@ -161,7 +161,7 @@ def embed(
     if n_components is not None and not (isinstance(n_components, Integral) and n_components > 0):
         raise OptionError(f"n_components must be a positive integer, not {n_components!r}.")
     check_option("context", context, ("data", "model"))
-    rng = _generator(random_state)
+    rng = generator(random_state)
     known_key = f"{str(key_added).removeprefix('X_')}_known"
     loaded = model if isinstance(model, _weights.Model) else _weights.load(model)
     has_spectrum = loaded.config.embedder == "spectrum"
@@ -247,7 +247,7 @@ def _refuse_frames(
 
 
 def _stored_context(model: _weights.Model) -> tuple[ContextSums, Frame]:
-    if not model.context:
+    if "embedder.0" not in model.context:
         raise OptionError(
             f"context='model' needs a model that keeps a context, which {model.name!r} does not; "
             "'mini' does."
@@ -313,16 +313,3 @@ def _warn_of_contexts(cells: Any, between_share: float) -> None:
             ContextWarning,
             stacklevel=3,
         )
-
-
-def _generator(random_state: Any) -> np.random.Generator:
-    """Make a generator of what scanpy takes as a random state."""
-    if isinstance(random_state, np.random.RandomState):
-        return np.random.default_rng(random_state.randint(2**31))
-    try:
-        return np.random.default_rng(random_state)
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"random_state must be an integer of at least 0 or a numpy generator, not "
-            f"{random_state!r}."
-        ) from error

@@ -47,8 +47,10 @@ class Corruption:
     Parameters
     ----------
     thin : float
-        Share of the steps that split each cell's counts binomially into two halves, one to read and
-        one to predict; the others mask.
+        Share of the steps that split each cell's counts binomially in two, halves as a rule, one to
+        read and one to predict; the others mask.
+    kept_share : tuple of float
+        When splitting: smallest and largest share of the counts that may be read, drawn uniformly.
     cell_mask_rate, gene_mask_rate : float
         When masking: share of the cells, and of the genes in each of them (Table 5: 0.75, 0.25).
     panel : float
@@ -79,6 +81,7 @@ class Corruption:
     """
 
     thin: float = 0.5
+    kept_share: tuple[float, float] = (0.5, 0.5)
     cell_mask_rate: float = 0.75
     gene_mask_rate: float = 0.25
     panel: float = 0.25
@@ -142,7 +145,8 @@ def hide(
     target = np.zeros((n_cells, len(targets)), np.float32)
     other = None
     if rng.random() < corruption.thin:
-        kept = rng.binomial(block.values.astype(np.int64), 0.5).astype(np.float32)
+        share = _uniform(rng, corruption.kept_share)
+        kept = rng.binomial(block.values.astype(np.int64), share).astype(np.float32)
         hidden = block.values - kept
         target[of_entry[is_target], at[is_target]] = hidden[is_target]
         weights = np.ones_like(target)
@@ -210,6 +214,11 @@ def _as_counts(
         torch.from_numpy(np.r_[0, per_cell.cumsum()]),
         torch.from_numpy(np.asarray(library_size, np.float32)),
     )
+
+
+def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    return low if low == high else rng.uniform(low, high)  # a fixed share draws nothing
 
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[int, int]) -> int:

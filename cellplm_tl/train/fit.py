@@ -11,44 +11,65 @@ import csv
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cellplm_tl._errors import OptionError, TrainingError
+from cellplm_tl._errors import OptionError, TrainingError, check_option
 from cellplm_tl._settings import logger, settings
 from cellplm_tl._weights import read_state, write_state
 from cellplm_tl.models import CellPLM
 
 Terms = dict[str, Tensor]  # named scalars of a step; "loss" is what is minimised
+STRATEGIES = ("auto", "head", "full")
 STATE = "state.safetensors"
 LOG = "log.csv"
 
 
+LEFT_OPEN: Any = None  # in a config, for the tool to fill in
+# What pretraining takes for what a config leaves open (learning rate and decay: Table 5).
+PRETRAINING: dict[str, Any] = {
+    "steps": 1000,
+    "learning_rate": 2e-4,
+    "weight_decay": 1e-8,
+    "warmup": 100,
+    "average": 0.999,
+    "validate_every": 200,
+    "patience": 20,
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """How weights are trained.
+    """How weights are trained; what is None is left to the tool, whose page says its values.
 
     Parameters
     ----------
-    steps : int
-        Number of updates; the schedule ends there.
-    learning_rate, weight_decay : float
-        Of AdamW (Table 5: 2e-4, 1e-8).
-    warmup : int
+    strategy : {"auto", "head", "full"}
+        What a tool trains. `"head"`: the head (or decoder) on top of frozen latents; `"full"`: all
+        weights but those of a spectrum; `"auto"`: the tool's choice, which its page tells.
+        Pretraining trains all.
+    steps : int, optional
+        Number of updates; the schedule ends there. 1,000 in pretraining.
+    learning_rate, weight_decay : float, optional
+        Of AdamW. In pretraining 2e-4 and 1e-8 (Table 5).
+    warmup : int, optional
         Steps of linear warm-up, after which a cosine leads to `final_rate` of the learning rate.
     final_rate : float
         Share of the learning rate at the last step.
     gradient_clip : float
         Largest norm of a step's gradient.
-    average : float
+    average : float, optional
         Decay of the exponential moving average of the weights, which is what is validated and kept;
         0 for none.
-    validate_every, patience : int
+    validate_every, patience : int, optional
         Steps between validations, and validations without a new best after which training stops.
+    validation_share : float
+        Share of a tool's training material that is held out to choose by.
     save_every : int
         Steps between saved states.
     precision : {"fp32", "bf16"}
@@ -59,36 +80,70 @@ class TrainConfig:
     Examples
     --------
     >>> import cellplm_tl as cp
-    >>> cp.train.TrainConfig(steps=100).learning_rate
-    0.0002
+    >>> config = cp.train.TrainConfig(strategy="full", learning_rate=1e-3)
+    >>> filled = config.filled(steps=300, learning_rate=2e-4)
+    >>> filled.steps, filled.learning_rate
+    (300, 0.001)
     """
 
-    steps: int = 1000
-    learning_rate: float = 2e-4
-    weight_decay: float = 1e-8
-    warmup: int = 100
+    strategy: str = "auto"
+    steps: int = LEFT_OPEN
+    learning_rate: float = LEFT_OPEN
+    weight_decay: float = LEFT_OPEN
+    warmup: int = LEFT_OPEN
     final_rate: float = 0.05
     gradient_clip: float = 2.0
-    average: float = 0.999
-    validate_every: int = 200
-    patience: int = 20
+    average: float = LEFT_OPEN
+    validate_every: int = LEFT_OPEN
+    patience: int = LEFT_OPEN
+    validation_share: float = 0.1
     save_every: int = 200
     precision: str = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_option("strategy", self.strategy, STRATEGIES)
+        if not 0 < self.validation_share < 1:
+            raise OptionError(f"validation_share must lie in (0, 1), not {self.validation_share}.")
         for name in ("steps", "validate_every", "patience", "save_every"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.learning_rate <= 0:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be at least 1, not {value}.")
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise OptionError(f"learning_rate must be positive, not {self.learning_rate}.")
-        if not 0 <= self.average < 1:
+        if self.average is not None and not 0 <= self.average < 1:
             raise OptionError(f"average must lie in [0, 1), not {self.average}.")
         if self.precision not in ("fp32", "bf16"):
             raise OptionError(f"precision must be 'fp32' or 'bf16', not {self.precision!r}.")
 
+    @classmethod
+    def release(cls, task: str) -> TrainConfig:
+        """Return the official release's settings for `"annotation"`, as far as they carry over.
+
+        AdamW at 5e-3 with decay 1e-7, 30 steps of warm-up, gradients clipped at 2, up to 2,000
+        steps, stopped after 200 validations without a new best. Different on purpose: one learning
+        rate for all that is trained (the spectrum, or there the embedder at 5e-4, is not), a cosine
+        instead of a plateau that was stepped on noise (its fault F22), the best by log loss, and no
+        step that sees the cells to be annotated (F23).
+        """
+        check_option("task", task, ("annotation",))
+        return cls(
+            strategy="full",
+            steps=2000,
+            learning_rate=5e-3,
+            weight_decay=1e-7,
+            warmup=30,
+            average=0.0,
+            validate_every=1,
+            patience=200,
+        )
+
+    def filled(self, **values: Any) -> TrainConfig:
+        """Return the config with values for what was left to the tool."""
+        return replace(self, **{n: v for n, v in values.items() if getattr(self, n) is None})
+
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step (from 0)."""
+        """Return the learning rate of a step (from 0); of a config that is filled."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -113,7 +168,7 @@ def fit(
     objective : callable
         (network, step) → the step's terms. Must draw all that is random from the step's number.
     config : TrainConfig
-        How.
+        How; what it leaves open is as in pretraining.
     validate : callable, optional
         Network → loss on held-out material; without it the last (averaged) weights are kept.
     folder : Path, optional
@@ -124,6 +179,7 @@ def fit(
     TrainingError
         A loss or gradient became NaN or infinite; the last saved state is intact.
     """
+    config = config.filled(**PRETRAINING)
     run = _Run(network, config, folder)
     run.resume()
     bar = tqdm(

@@ -91,6 +91,29 @@ def reconstruction(
     return (negative_binomial_nll(target, mean, decoded.theta) * weights).sum(1)
 
 
+def multinomial_nll(mean: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Negative log likelihood of where a cell's hidden counts fall, whatever their number.
+
+    Parameters
+    ----------
+    mean, target : Tensor, shape (cells, genes)
+        Expected up to a factor per cell, and counted.
+    weights : Tensor, shape (cells, genes)
+        1 for entries that were hidden, 0 for entries that were not.
+
+    Returns
+    -------
+    Tensor, shape (cells,)
+        Nats, without the multinomial coefficient.
+    """
+    return -(target * weights * _log_share(mean, weights)).sum(1)
+
+
+def _log_share(mean: Tensor, weights: Tensor) -> Tensor:
+    mean = mean * weights
+    return (mean / mean.sum(1, keepdim=True).clamp(min=1e-12)).clamp(min=1e-9).log()
+
+
 def explained_likelihood(
     decoded: Decoded, target: Tensor, weights: Tensor, profile: Tensor
 ) -> Tensor:
@@ -109,11 +132,6 @@ def explained_likelihood(
     -------
     Tensor, shape ()
     """
-
-    def log_share(mean: Tensor) -> Tensor:
-        mean = mean * weights
-        return (mean / mean.sum(1, keepdim=True).clamp(min=1e-12)).clamp(min=1e-9).log()
-
-    gain = log_share(decoded.mean) - log_share(profile.expand_as(target))
+    gain = _log_share(decoded.mean, weights) - _log_share(profile.expand_as(target), weights)
     hidden = target * weights
     return (hidden * gain).sum() / hidden.sum().clamp(min=1)

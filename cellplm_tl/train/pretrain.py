@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cellplm_tl import _weights
 from cellplm_tl._anndata import read_file, read_gene_ids
@@ -27,6 +27,13 @@ from cellplm_tl.train.objective import explained_likelihood, reconstruction
 
 DEPTH_OFFSET = 200.0  # counts: keeps the weight of shallow cells finite
 KL_TERMS = ("latent", "components")
+# Modules of a network, by the part that they belong to.
+PARTS = {
+    "embedder": ("embedder",),
+    "encoder": ("encoder",),
+    "latent": ("pre_latent_norm", "latent"),
+    "decoder": ("decoder",),
+}
 START_EXAMPLES = 60  # contexts whose cells the mixture's components start from,
 FIRST_OF_START = 2_000_000  # drawn as steps that training never reaches
 
@@ -46,7 +53,11 @@ class PretrainConfig:
     weights : dict of str to float
         Factors, by a file's stem, on its chance to be drawn, which goes with the root of its cells.
     start : str, optional
-        Model whose spectrum and genes the network is built on (`embedder="spectrum"`).
+        Model with a spectrum whose genes the network is built on. Every tensor that both have
+        begins as it is there: the spectrum, and of a trained model all that has the same shape.
+    frozen : tuple of {"embedder", "encoder", "latent", "decoder"}
+        Parts that stay as they are in `start`. With a frozen latent the decoder is trained on its
+        mean, which is what it is given later, and the bound has no other term than reconstruction.
     network : dict
         Fields of :class:`CellPLMConfig` that differ from its defaults; `genes` come from `start`,
         or are all genes that at least `min_files` files measure.
@@ -82,6 +93,7 @@ class PretrainConfig:
     batch_key: str = "batch"
     weights: dict[str, float] = field(default_factory=dict)
     start: str | None = None
+    frozen: tuple[str, ...] = ()
     network: dict[str, Any] = field(default_factory=dict)
     min_files: int = 1
     validation: tuple[str, ...] = ()
@@ -113,6 +125,7 @@ class PretrainConfig:
                 files=tuple(str(file) for file in files),
                 out=str(path.parent / values.pop("out")),
                 validation=tuple(values.pop("validation", ())),
+                frozen=tuple(values.pop("frozen", ())),
                 corruption=Corruption(**corruption),
                 train=TrainConfig(**values.pop("train", {})),
                 **values,
@@ -168,7 +181,7 @@ def pretrain(config: PretrainConfig) -> _weights.Model:
     _check(config)
     network = build(config)
     training, held_out = _sources(config, network.config.genes)
-    if network.config.latent == "mixture":
+    if network.config.latent == "mixture" and "latent" not in config.frozen:
         place_components(network, training, config)
     validate = partial(validation_loss, sources=held_out, config=config) if held_out else None
     fit(
@@ -197,8 +210,16 @@ def build(config: PretrainConfig) -> CellPLM:
         torch.manual_seed(config.train.seed)
         network = CellPLM(CellPLMConfig(genes=genes, **(values | config.network)))
     if start is not None:
-        network.embedder.load_state_dict(start.embedder.state_dict(), strict=False)
+        own = network.state_dict()
+        same = {n: t for n, t in start.state_dict().items() if n in own and t.shape == own[n].shape}
+        network.load_state_dict(same, strict=False)
+    for module in _frozen(network, config):
+        module.requires_grad_(False)
     return network
+
+
+def _frozen(network: CellPLM, config: PretrainConfig) -> list[nn.Module]:
+    return [getattr(network, name) for part in config.frozen for name in PARTS[part]]
 
 
 def place_components(network: CellPLM, sources: Sequence[Source], config: PretrainConfig) -> None:
@@ -235,9 +256,12 @@ def bound(
     `panels` keeps what the embedder computes once per data set.
     """
     example = draw_example(sources, config.corruption, config.train.seed, step)
+    for module in _frozen(network, config):
+        module.eval()  # without dropout, as it is used later
     warm = min(1.0, (step + 1) / config.kl_warmup) if config.kl_warmup else 1.0
     whole = _whole_panel(network, example, panels)
-    return _terms(network, example, config, warm, sample=True, whole=whole)
+    sample = "latent" not in config.frozen
+    return _terms(network, example, config, warm, sample=sample, whole=whole)
 
 
 def _whole_panel(network: CellPLM, example: Example, panels: dict[int, Any] | None) -> Any:
@@ -291,7 +315,8 @@ def _terms(
             decoded, example.target, example.weights, example.target_total
         )
     }
-    terms |= network.latent.terms(encoded.posterior, z)
+    if "latent" not in config.frozen:
+        terms |= network.latent.terms(encoded.posterior, z)
     terms = {name: term.float() for name, term in terms.items()}
     hidden = (example.target * example.weights).sum(1)
     cell_weight = (hidden > 0) / (hidden + DEPTH_OFFSET)
@@ -375,9 +400,14 @@ def _check(config: PretrainConfig) -> None:
         ("weights", config.weights, stems),
         ("kl_weight", config.kl_weight, set(KL_TERMS)),
         ("network", config.network, fields - {"genes"}),
+        ("frozen", config.frozen, set(PARTS)),
     ):
         if missing := sorted(set(given) - known):
             raise OptionError(f"{name} has {missing}, which is none of {sorted(known)}.")
+    if set(config.frozen) == set(PARTS):
+        raise OptionError("frozen names every part of the network: leave one to train.")
+    if config.frozen and config.start is None:
+        raise OptionError("frozen parts keep the weights of a model: name it in `start`.")
     if config.agreement and config.start is None:
         raise OptionError("agreement needs the factors of a spectrum: name a model in `start`.")
     if Path(config.out).exists():
@@ -389,4 +419,5 @@ def _plain(config: PretrainConfig) -> dict[str, Any]:
     values = asdict(config)
     values["files"] = [Path(file).name for file in config.files]
     values["out"] = Path(config.out).name
+    values["start"] = None if config.start is None else Path(config.start).name
     return values

@@ -14,10 +14,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cellplm_tl._anndata import Cells, CountBlock, read_cells, read_gene_counts, read_gene_names
+from cellplm_tl._anndata import (
+    Cells,
+    CountBlock,
+    find_columns,
+    read_cells,
+    read_gene_counts,
+    read_gene_names,
+)
 from cellplm_tl._anndata import matrix as matrix_module
 from cellplm_tl._anndata import read as read_module
-from cellplm_tl._errors import CountsError, CountsWarning, GenesError, InputError, SlotError
+from cellplm_tl._errors import (
+    CountsError,
+    CountsWarning,
+    GenesError,
+    InputError,
+    OptionError,
+    SlotError,
+)
 
 
 def dense(block: CountBlock, n_genes: int) -> np.ndarray:
@@ -520,6 +534,65 @@ def test_names_and_counts_of_all_genes(counts, make_anndata):
     assert read_gene_counts(adata) is None
     with pytest.raises(InputError, match="must be an AnnData"):
         read_gene_names(counts, None)
+
+
+# ------------------------------------------------------------------------------------- all columns
+
+
+def test_columns_of_names(pbmc):
+    names = pbmc.var_names
+    assert find_columns(pbmc, None).tolist() == list(range(765))
+    asked = [names[40], names[3], names[764]]
+    for form in (asked, tuple(asked), np.array(asked, object), names[[40, 3, 764]]):
+        assert find_columns(pbmc, form).tolist() == [40, 3, 764]
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("CD3E", OptionError, r"must be a list of names; got the text 'CD3E': pass \['CD3E'\]"),
+        (5, OptionError, "must be a list of names; got int"),
+        ({"CD3E"}, OptionError, "must be a list of names; got set"),
+        ([], OptionError, "must name one gene or more, each once"),
+        (["CD3E", "CD3E"], OptionError, "must name one gene or more, each once"),
+        (
+            ["CD3E", "NO1", "NO2"],
+            SlotError,
+            "2 of 3 genes are not in adata.var_names: 'NO1', 'NO2'",
+        ),
+        ([5], SlotError, "1 of 1 genes are not in adata.var_names"),
+    ],
+)
+def test_names_that_are_no_columns(pbmc, names, error, message):
+    with pytest.raises(error, match=message):
+        find_columns(pbmc, names)
+
+
+def test_a_name_of_several_columns(pbmc):
+    names = pbmc.var_names.to_list()
+    names[7] = names[8]
+    pbmc.var_names = names
+    with pytest.raises(SlotError, match="more than once: adata.var_names_make_unique"):
+        find_columns(pbmc, [names[8]])
+    assert find_columns(pbmc, [names[3]]).tolist() == [3]
+
+
+def test_all_counts_are_those_of_every_column(counts, model_genes, make_anndata):
+    rows = np.array([5, 0, 9])
+    for stored in (counts.astype(np.float32), lognorm(counts)):
+        cells = read_cells(make_anndata(sparse.csr_matrix(stored)), model_genes)
+        found = cells.all_counts(rows)
+        assert found.shape == (3, counts.shape[1])
+        np.testing.assert_allclose(found.toarray(), counts[rows])
+
+
+def test_columns_lead_from_all_counts_to_those_of_genes(counts, model_genes, make_anndata):
+    cells = read_cells(make_anndata(sparse.csr_matrix(counts.astype(np.float32))), model_genes)
+    whole = cells.all_counts(slice(None)).toarray()
+    of_genes = np.zeros((len(counts), len(cells.genes)))
+    for column, gene in zip(cells.columns, cells.gene_of_column, strict=True):
+        of_genes[:, gene] += whole[:, column]
+    np.testing.assert_array_equal(of_genes, all_rows(cells))
 
 
 # -------------------------------------------------------------------------------------- the sample

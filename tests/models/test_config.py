@@ -61,12 +61,18 @@ UNIT = SPECTRUM | {"unit_length": True}
         (UNIT | {"factor_share": -0.1}, "factor_share must be in [0, 1]"),
         (UNIT | {"factor_share": float("nan")}, "factor_share must be in [0, 1]"),
         (SPECTRUM | {"latent_size": 4}, "latent_size must equal factors"),
+        ({"decoder_features": 4}, "decoder_features must not be negative, and 0 but in 'profile'"),
+        (
+            SPECTRUM | {"decoder": "profile", "decoder_features": -1},
+            "decoder_features must not be negative",
+        ),
         (SPECTRUM | {"latent": "mixture_release"}, "has no latent='mixture_release'"),
         ({"encoder": "none"}, "encoder='none' needs embedder='spectrum'"),
         (SPECTRUM | {"encoder": "none", "latent": "none"}, "and hidden=factors"),
         (SPECTRUM | {"encoder": "none", "hidden": 8}, "encoder='none' needs"),
         ({"latent": "none"}, "with latent='none' latent_size must equal hidden"),
         ({"head": "annotation"}, "head_outputs must be positive with a head, and 0 without"),
+        ({"residual_inputs": 3}, "residual_inputs needs embedder='spectrum' and head='types'"),
         ({"head_outputs": 3}, "head_outputs must be positive with a head, and 0 without"),
         ({"decoder_layers": 1}, "decoder_layers=1 is less than the 2 of a decoder"),
         (
@@ -120,6 +126,20 @@ def test_a_config_of_before_has_none_of_them():
     new = {name: stored.pop(name) for name in ("target_sum", "unit_length", "factor_share")}
     assert new == {"target_sum": "library", "unit_length": False, "factor_share": 0.0}
     assert CellPLMConfig.from_dict(stored) == CellPLMConfig(genes=GENES, **SPECTRUM)
+
+
+def test_a_head_for_types_reads_the_residual_of_a_spectrum():
+    fields = SPECTRUM | {"head": "types", "head_outputs": 3, "residual_inputs": 5}
+    config = CellPLMConfig(genes=GENES, **fields)
+    assert not config.has_decoder
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert CellPLMConfig.from_dict(stored) == config
+    del (
+        stored["head"],
+        stored["head_outputs"],
+        stored["residual_inputs"],
+    )  # as before there were any
+    assert CellPLMConfig.from_dict(stored).residual_inputs == 0
 
 
 def test_sequences_become_tuples():

@@ -185,6 +185,56 @@ def test_profile_decoder_against_numpy(assert_close):
     assert_close(decoded.theta, np.exp(state["log_theta"][genes]), rtol=1e-9)
 
 
+def test_features_go_beyond_the_spectrum(assert_close):
+    """The change gets u_g . relu(A [z of length sqrt(latent), trunk(z)]), whatever z's length."""
+    fields = {"embedder": "spectrum", "factors": 6, "covariates": ()}
+    decoder = random_decoder("profile", decoder_features=5, **fields)
+    state = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
+    z, genes = torch.randn(4, 6, dtype=torch.float64), [7, 0, 3]
+    background = random_background(3, 6)
+    profile, loadings, eigenvalues = (t.numpy() for t in background)
+    cells = z.numpy()
+    hidden = prelu(
+        cells @ state["trunk.layers.0.linear.weight"].T + state["trunk.layers.0.linear.bias"],
+        state["trunk.layers.0.activation.weight"],
+    )
+    layer = "trunk.layers.0.norm"
+    hidden = norm(hidden, 4, state[f"{layer}.weight"], state[f"{layer}.bias"])
+    f = state["gain"] * np.sqrt(eigenvalues) * cells
+    f = f + hidden @ state["correction.weight"].T + state["correction.bias"]
+    direction = cells * np.sqrt(6) / np.linalg.norm(cells, axis=1, keepdims=True)
+    a = np.concatenate([direction, hidden], 1) @ state["features.weight"].T
+    a = np.maximum(a + state["features.bias"], 0)
+    change = f @ loadings.T + state["bias"][genes] + a @ state["gene_features"][genes].T
+    expected = np.maximum(profile, 1e-7) * np.exp(change)
+    decoded = decoder(z, torch.tensor(genes), {}, background)
+    assert (a > 0).any()
+    assert_close(decoded.mean, expected, rtol=1e-9, atol=0)
+
+
+def test_features_start_as_nothing():
+    fields = {**SMALL, "decoder": "profile", "embedder": "spectrum", "factors": 6}
+    torch.manual_seed(0)
+    decoder = DECODERS["profile"](CellPLMConfig(**fields, decoder_features=5)).double().eval()
+    without = DECODERS["profile"](CellPLMConfig(**fields)).double().eval()
+    assert without.features is None
+    without.load_state_dict(decoder.state_dict(), strict=False)
+    z, background = torch.randn(4, 6, dtype=torch.float64), random_background(10, 6)
+    found, expected = (d(z, torch.arange(10), {}, background).mean for d in (decoder, without))
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert decoder.gene_features.grad.abs().sum() > 0  # and learn from the first step on
+
+
+def test_a_latent_of_0_has_features_too():
+    decoder = random_decoder("profile", embedder="spectrum", factors=6, decoder_features=5)
+    z = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+    mean = decoder(z, torch.arange(10), {}, random_background(10, 6)).mean
+    mean.sum().backward()
+    assert mean.isfinite().all()
+    assert z.grad.isfinite().all()
+
+
 def test_before_training_the_profile_decoder_reads_the_latent_back(make_network, assert_close):
     """Without its correction it is the factor model: the profile, changed along the loadings."""
     network = make_network(embedder="spectrum", factors=8, decoder="profile", latent="linear")

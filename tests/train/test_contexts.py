@@ -80,6 +80,33 @@ def test_halves_add_up(cells):
     assert 0.4 < read.sum() / (read + hidden).sum() < 0.6
 
 
+def test_what_is_read_is_a_share_drawn_within_its_bounds(cells):
+    cells.matrix = cells.matrix * 50
+    corruption = {"thin": 1.0, "panel": 0.0, "depth": 0.0, "n_cells": (20, 20)}
+    shares = []
+    for step in range(40):
+        example = draw_example(
+            [Source("a", cells, 1.0)], Corruption(**corruption, kept_share=(0.6, 0.9)), 0, step
+        )
+        read, hidden = float(example.counts.values.sum()), float(example.target.sum())
+        shares.append(read / (read + hidden))
+    assert 0.595 < min(shares) < 0.65
+    assert 0.85 < max(shares) < 0.905
+
+
+def test_a_fixed_share_draws_nothing(cells):
+    """So that runs of before the option are what they were."""
+    rows, block = np.arange(6), cells.counts(np.arange(6))
+    corruption = Corruption(thin=1.0, panel=0.0, depth=0.0)
+    assert corruption.kept_share == (0.5, 0.5)
+    example = hide(cells, rows, block, corruption, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    rng.permutation(30)
+    assert rng.random() < 1
+    kept = rng.binomial(block.values.astype(np.int64), 0.5)
+    np.testing.assert_array_equal(example.counts.values.numpy(), kept[kept > 0])
+
+
 def test_masks_hide_what_they_ask_for(cells):
     rows = np.arange(40)
     corruption = Corruption(thin=0.0, panel=0.0, depth=0.0)

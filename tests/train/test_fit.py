@@ -166,12 +166,47 @@ def test_schedule():
     assert config.rate(110) == pytest.approx(0.1)
 
 
+OPEN = ("steps", "learning_rate", "weight_decay", "warmup", "average", "validate_every", "patience")
+
+
+def test_what_is_left_open_is_for_the_tool_to_fill():
+    config = TrainConfig(steps=7, average=0.0)
+    assert [getattr(config, name) for name in OPEN] == [7, None, None, None, 0.0, None, None]
+    values = dict.fromkeys(OPEN, 3)
+    filled = config.filled(**values)
+    assert [getattr(filled, name) for name in OPEN] == [7, 3, 3, 3, 0.0, 3, 3]
+    assert filled.filled(**dict.fromkeys(OPEN, 9)) == filled
+    assert config.learning_rate is None
+
+
+def test_pretraining_fills_with_its_own():
+    """Rate and decay are Table 5's."""
+    table_5 = TrainConfig(
+        steps=3,
+        learning_rate=2e-4,
+        weight_decay=1e-8,
+        warmup=100,
+        average=0.999,
+        validate_every=200,
+        patience=20,
+    )
+    left_open, written_out = (
+        weights(fit(small_network(), objective, config))
+        for config in (TrainConfig(steps=3), table_5)
+    )
+    assert torch.equal(left_open, written_out)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"average": 1.0}, r"average must lie in \[0, 1\)"),
+        ({"strategy": "decoder"}, "strategy must be one of 'auto', 'head', 'full'; got 'decoder'"),
+        ({"validation_share": 0.0}, r"validation_share must lie in \(0, 1\), not 0.0"),
+        ({"validation_share": 1.0}, r"validation_share must lie in \(0, 1\), not 1.0"),
+        ({"patience": 0}, "patience must be at least 1, not 0"),
         ({"precision": "fp8"}, "precision must be 'fp32' or 'bf16', not 'fp8'"),
     ],
 )

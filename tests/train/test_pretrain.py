@@ -320,6 +320,93 @@ def test_from_the_spectrum(files, tmp_path):
     assert not any(p.isnan().any() for p in model.network.parameters())
 
 
+# --- frozen parts, and a start from another model ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory) -> str:
+    """Pretrain a small model with a spectrum, for others to start from."""
+    out = tmp_path_factory.mktemp("start") / "model"
+    network = {**SMALL, "factors": FLOOR_FACTORS, "latent_size": FLOOR_FACTORS}
+    network |= {"embedder": "spectrum", "latent": "gaussian", "decoder": "profile"}
+    few = cp.train.TrainConfig(steps=1, learning_rate=1e-2, warmup=1)
+    run = config(files, out, start="linear_transfer", network=network, train=few)
+    cp.train.pretrain(run)
+    return str(out)
+
+
+FLOOR_FACTORS = cp.models.load("linear_transfer").config.factors
+
+
+def started(files, trained, out, **changes) -> cp.train.PretrainConfig:
+    start = cp.models.load(trained).config
+    fields = {name: getattr(start, name) for name in SMALL}
+    fields |= {"factors": start.factors, "embedder": "spectrum", "latent": start.latent}
+    fields |= {"decoder": "profile", "decoder_features": 4}
+    few = cp.train.TrainConfig(steps=1, learning_rate=1e-2, warmup=1, average=0.0)
+    return config(files, out, **{"start": trained, "network": fields, "train": few} | changes)
+
+
+def tensors(network) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def test_a_start_gives_all_that_has_the_same_shape(files, trained, tmp_path):
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    start = tensors(cp.models.load(trained).network)
+    built = tensors(module.build(started(files, trained, tmp_path / "model")))
+    assert set(start) < set(built)
+    assert {name.rsplit(".", 1)[0] for name in set(built) - set(start)} == {
+        "decoder.features",
+        "decoder",
+    }
+    assert all(torch.equal(built[name], tensor) for name, tensor in start.items())
+    run = started(files, trained, tmp_path / "model")
+    wider = dataclasses.replace(run, network=run.network | {"decoder_hidden": 64})
+    built = tensors(module.build(wider))
+    same = {name for name in start if built[name].shape == start[name].shape}
+    assert same < set(start)
+    assert all(torch.equal(built[name], start[name]) for name in same)
+
+
+def test_frozen_parts_stay_and_the_others_are_trained(files, trained, tmp_path):
+    frozen = ("embedder", "encoder", "latent")
+    model = cp.train.pretrain(started(files, trained, tmp_path / "model", frozen=frozen))
+    start, after = tensors(cp.models.load(trained).network), tensors(model.network)
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], after[name])}
+    assert moved == {"decoder"}
+    assert after["decoder.gene_features"].abs().sum() > 0
+    header = (tmp_path / "model.run/log.csv").read_text().splitlines()[0]
+    assert "latent" not in header.split(",")  # the bound of what does not move has no such term
+
+
+def test_without_frozen_parts_all_are_trained(files, trained, tmp_path):
+    model = cp.train.pretrain(started(files, trained, tmp_path / "model"))
+    start, after = tensors(cp.models.load(trained).network), tensors(model.network)
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], after[name])}
+    assert {"encoder", "latent", "decoder"} <= moved
+
+
+def test_frozen_parts_have_no_dropout(files, trained, tmp_path):
+    module = sys.modules["cellplm_tl.train.pretrain"]
+    run = started(files, trained, tmp_path / "model", frozen=("encoder",))
+    network = module.build(run).train()
+    source = module.Source("half0", module.read_file(files[0], network.config.genes))
+    module.bound(network, 0, sources=[source], config=run)
+    assert not network.encoder.training
+    assert network.decoder.training
+    assert not any(p.requires_grad for p in network.encoder.parameters())
+    assert all(p.requires_grad for p in network.decoder.parameters())
+
+
+def test_frozen_needs_a_start_and_a_part(files, tmp_path):
+    with pytest.raises(OptionError, match=r"frozen parts keep the weights of a model: name it in"):
+        cp.train.pretrain(config(files, tmp_path / "m", frozen=("latent",)))
+    with pytest.raises(OptionError, match=r"frozen has \['head'\], which is none of"):
+        cp.train.pretrain(config(files, tmp_path / "m", start="mini", frozen=("head",)))
+    assert not (tmp_path / "m").exists()
+
+
 def test_same_seed_same_weights_and_a_cut_run_goes_on(files, tmp_path, monkeypatch):
     train = cp.train.TrainConfig(steps=6, save_every=2)
     one, two, cut = (config(files, tmp_path / n, train=train) for n in ("one", "two", "cut"))
