@@ -96,9 +96,9 @@ class Denoiser:
         self._genes = torch.from_numpy(cells.gene_index).to(device)
         self._latent = encoding.latent
         self._profiles = _profiles(network, cells, encoding)
-        self._context_of = np.empty(cells.n_cells, np.int64)
+        self.context_of = np.empty(cells.n_cells, np.int64)
         for number, rows in enumerate(cells.contexts):
-            self._context_of[rows] = number
+            self.context_of[rows] = number
         points = encoding.latent
         if network.config.embedder == "spectrum":
             frame = find_frame(network, cells, encoding, N_COMPONENTS, rng)
@@ -130,8 +130,8 @@ class Denoiser:
         """Return decoded fractions and those of the neighbours, both (cells, genes)."""
         decoded = self._decode(rows)[0].cpu()
         smoothed = torch.empty_like(decoded)
-        for number in np.unique(self._context_of[rows]):
-            inside = np.flatnonzero(self._context_of[rows] == number)
+        for number in np.unique(self.context_of[rows]):
+            inside = np.flatnonzero(self.context_of[rows] == number)
             points = self._points[rows[inside]]
             smoothed[torch.from_numpy(inside)] = self._neighbors[number].mean(points)
         return decoded, smoothed
@@ -142,8 +142,8 @@ class Denoiser:
         fractions = torch.empty(len(rows), n_genes, device=self._device)
         theta = torch.full((n_genes,), POISSON_THETA)
         with torch.inference_mode():
-            for number in np.unique(self._context_of[rows]):
-                inside = np.flatnonzero(self._context_of[rows] == number)
+            for number in np.unique(self.context_of[rows]):
+                inside = np.flatnonzero(self.context_of[rows] == number)
                 z = torch.from_numpy(self._latent[rows[inside]]).to(self._device)
                 profile = self._profiles[number]
                 if profile is not None:

@@ -118,7 +118,7 @@ def encode(
     outputs: dict[str, NDArray[np.float32]] = {}
     sums = []
     if stored is not None:
-        stored = _moved(_on_genes(stored, cells.gene_index), device)
+        stored = moved(_on_genes(stored, cells.gene_index), device)
     own_bar = progress_bar(cells.n_cells) if bar is None else contextlib.nullcontext(bar)
     with torch.inference_mode(), own_bar as bar:
         workspace = _Workspace(network, cells, device)
@@ -129,9 +129,9 @@ def encode(
             )
             of_context = _encode_context(network, panel, context, stored, outputs)
             sums.append(of_context if keep_layer_sums else of_context._replace(layers=()))
-    sums = [_moved(of_context, "cpu") for of_context in sums]
+    sums = [moved(of_context, "cpu") for of_context in sums]
     return Encoding(
-        panel=_moved(panel, "cpu"),
+        panel=moved(panel, "cpu"),
         context_sums=tuple(of_context.embedder for of_context in sums),
         layer_sums=tuple(of_context.layers for of_context in sums),
         **outputs,
@@ -266,7 +266,7 @@ class _Context:
 
     def counts(self, span: slice) -> Counts:
         """Read a block's counts."""
-        return _moved(read_block(self._cells, self._rows[span]), self.device)
+        return moved(read_block(self._cells, self._rows[span]), self.device)
 
     def positions(self, span: slice) -> Tensor | None:
         """Return a block's positions on the grid, (cells, 2)."""
@@ -404,12 +404,14 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "mps" else tensor.double()
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """Return tensors, and named tuples of them, on a device."""
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Return tensors, and tuples of them, on a device; what is neither stays as it is."""
     if isinstance(value, Tensor):
         return value.to(device)
-    moved = [_moved(item, device) for item in value]
-    return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    if not isinstance(value, tuple):
+        return value
+    parts = [moved(item, device) for item in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def converted(network: CellPLM, device: torch.device, precision: str) -> CellPLM:

@@ -183,6 +183,18 @@ class CellPLM(nn.Module):
         profile = self.embedder.profile(context) if self.embedder.n_rounds else None
         return Encoded(posterior, embedded.factors, embedded.explained, embedded.total, profile)
 
+    def background(self, profile: Tensor | None, measured: Tensor, genes: Tensor) -> Tensor | None:
+        """Return mean fractions of `genes` for :meth:`decode`; None for models without a spectrum.
+
+        Parameters
+        ----------
+        profile : Tensor, shape (measured,), optional
+            The context's, of an :class:`Encoded`.
+        measured, genes : Tensor, int64
+            Positions in the model's list.
+        """
+        return None if profile is None else self.embedder.background(profile, measured, genes)
+
     def decode(
         self,
         z: Tensor,

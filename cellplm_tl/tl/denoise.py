@@ -101,8 +101,8 @@ def denoise(
         paper's protocol scores (appendix F.1: entries known not to be zero). It is not a denoised
         expression.
     train : TrainConfig, optional
-        Fine-tune on these data first, by counts hidden from the network; takes half a minute for
-        1,000 cells on two cores. By default nothing is trained.
+        Fine-tune on these data first, by counts hidden from the network; takes about a minute
+        for 1,000 cells on two cores. By default nothing is trained.
     out : str or path, optional
         New file (`.h5ad`, `.zarr`) that the result is written to block by block, for results that
         memory cannot hold: the matrix in `X`, further ones in `layers`, `var[key_added]` as below.
@@ -233,7 +233,7 @@ def denoise(
         denoiser = Denoiser(network, cells, device=target, rng=rng, bar=bar, bar_share=0.5)
         if judgement is not None:
             denoiser.decoder_share, denoiser.theta = judgement.decoder_share, judgement.theta
-        spread = _Spread(cells, adata.n_vars, columns)
+        spread = _Spread(cells, denoiser.context_of, adata.n_vars, columns)
         result = copy_in_memory(adata) if copy else adata
         make = _Maker(denoiser, spread, scales, names, interval, objective)
 
@@ -261,7 +261,7 @@ def denoise(
                     matrices[name][rows] = block[name]
                 bar.update(0.5 * (rows.stop - rows.start))
             slots = _slots(result, matrices, genes, slot)
-            slots["var", key_added] = spread.known_columns(adata.n_vars)
+            slots["var", key_added] = spread.known_columns
             write_slots(result, slots, record(), key_added)
         else:
             known = {key_added: spread.is_known}
@@ -282,7 +282,13 @@ class _Spread:
     model does not know gets its context's mean.
     """
 
-    def __init__(self, cells: Cells, n_vars: int, columns: NDArray[np.int64]):
+    def __init__(
+        self,
+        cells: Cells,
+        context_of: NDArray[np.int64],
+        n_vars: int,
+        columns: NDArray[np.int64],
+    ):
         gene = np.full(n_vars, -1)
         gene[cells.columns] = cells.gene_of_column
         self._gene_of_column = gene
@@ -290,9 +296,7 @@ class _Spread:
         self.is_known = gene[columns] >= 0
         self._share = torch.ones(len(columns))
         self._background: list[Tensor] = []
-        self._context_of = np.empty(cells.n_cells, np.int64)
-        for number, rows in enumerate(cells.contexts):
-            self._context_of[rows] = number
+        self._context_of = context_of  # (cells,)
         if not self.is_known.all() or len(cells.columns) > len(cells.genes):
             self._pass_through(cells, n_vars, columns)
 
@@ -342,9 +346,10 @@ class _Spread:
         result[known] = theta[self.gene[known]]
         return result
 
-    def known_columns(self, n_vars: int) -> NDArray[np.bool_]:
-        """Tell of every column whether the model knows its gene."""
-        return self._gene_of_column[:n_vars] >= 0
+    @property
+    def known_columns(self) -> NDArray[np.bool_]:
+        """Whether the model knows the gene, of every column of the AnnData."""
+        return self._gene_of_column >= 0
 
 
 class _Maker:

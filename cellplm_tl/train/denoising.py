@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from cellplm_tl._anndata import Cells
-from cellplm_tl._inference import read_block
+from cellplm_tl._inference import moved, read_block
 from cellplm_tl.models import CellPLM, Counts
 from cellplm_tl.train.contexts import Corruption, Example, Source, draw_example
 from cellplm_tl.train.fit import Terms, TrainConfig, fit
 from cellplm_tl.train.held_out import Part, divide
 from cellplm_tl.train.objective import multinomial_nll
+from cellplm_tl.train.pretrain import DEPTH_OFFSET
 
 # What a config leaves open; chosen on development sets (docs/methods/denoise.md).
 DEFAULTS: dict[str, Any] = {
@@ -35,7 +36,6 @@ DEFAULTS: dict[str, Any] = {
 }
 NEW_FEATURES = 32  # of a decoder that has none yet
 N_CELLS = 384  # of a step
-DEPTH_OFFSET = 200.0  # counts: keeps the weight of shallow cells finite
 VALIDATION_CELLS = 1000
 CORRUPTION = Corruption(
     thin=0.8,
@@ -118,7 +118,7 @@ def _train(
         if strategy == "head":
             network.eval()
             network.decoder.train()
-        example = _moved(draw_example(source, CORRUPTION, config.seed, step), device)
+        example = moved(draw_example(source, CORRUPTION, config.seed, step), device)
         return {"loss": _loss(network, example, panel)}
 
     def validate(network: CellPLM) -> float:
@@ -132,9 +132,7 @@ def _train(
 
 def _loss(network: CellPLM, example: Example, panel: Any) -> Tensor:
     encoded = network(example.counts, example.genes, example.coordinates, panel)
-    profile = None
-    if encoded.profile is not None:
-        profile = network.embedder.background(encoded.profile, example.genes, example.target_genes)
+    profile = network.background(encoded.profile, example.genes, example.target_genes)
     decoded = network.decode(encoded.posterior.mean, example.target_genes, profile=profile)
     nats = multinomial_nll(decoded.mean.float(), example.target, example.weights)
     hidden = (example.target * example.weights).sum(1)
@@ -151,9 +149,7 @@ def held_out_loss(network: CellPLM, read: Part, held_out: Part, panel: Any = Non
         coordinates = None if read.coordinates is None else read.coordinates[rows]
         positions = None if coordinates is None else torch.from_numpy(coordinates).to(device)
         encoded = network(counts, genes, positions, panel)
-        profile = None
-        if encoded.profile is not None:
-            profile = network.embedder.background(encoded.profile, genes, genes)
+        profile = network.background(encoded.profile, genes, genes)
         mean = network.decode(encoded.posterior.mean, genes, profile=profile).mean.float()
         dense = torch.zeros_like(mean)
         dense[target.rows(), target.columns.long()] = target.values
@@ -163,13 +159,4 @@ def held_out_loss(network: CellPLM, read: Part, held_out: Part, panel: Any = Non
 
 
 def _counts(part: Part, rows: np.ndarray, device: torch.device) -> Counts:
-    return _moved(read_block(part, rows), device)  # type: ignore[arg-type]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a named tuple with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
-    return value
+    return moved(read_block(part, rows), device)  # type: ignore[arg-type]

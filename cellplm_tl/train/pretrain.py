@@ -306,7 +306,7 @@ def _terms(
     encoded = network(example.counts, example.genes, example.coordinates, panel)
     noise = torch.randn_like(encoded.posterior.mean) if sample else None
     z = network.latent.sample(encoded.posterior, noise)
-    profile = _profile(network, encoded.profile, example)
+    profile = network.background(encoded.profile, example.genes, example.target_genes)
     decoded = network.decode(z, example.target_genes, profile=profile)
     if decoded.theta is not None:
         decoded = decoded._replace(mean=decoded.mean.float())
@@ -349,12 +349,6 @@ def disagreement(network: CellPLM, z: Tensor, example: Example, panel: Any = Non
         other = network.embedder.read(example.other, panel)
     seen = (example.counts.library_size > 0) & (example.other.library_size > 0)
     return 1 - F.cosine_similarity(z.float(), other)[seen].mean() if seen.any() else z.sum() * 0
-
-
-def _profile(network: CellPLM, profile: Tensor | None, example: Example) -> Tensor | None:
-    if profile is None:
-        return None
-    return network.embedder.background(profile, example.genes, example.target_genes)
 
 
 def _sources(config: PretrainConfig, genes: Sequence[str]) -> tuple[list[Source], list[Source]]:
